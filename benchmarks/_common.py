@@ -1,0 +1,256 @@
+"""What the benchmarks share: command line, interleaved timing, facts on the machine, output.
+
+Competitors are timed in rounds, one call of each per round and in another order every
+time, and compared within each round; what is reported is the median over the rounds.
+On a busy machine that was the steadiest of what was tried: differences of minima varied
+five times as much, because each competitor's luckiest call comes at another time.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import freezeops as fz
+from freezeops import ops
+
+# Each configuration makes functions anew on purpose; TensorFlow would warn of that.
+tf.get_logger().setLevel("ERROR")
+
+MILLISECONDS = 1e3
+
+
+def size_of(text: str) -> int:
+    """`"16M"` is 16 * 2**20, `"64K"` is 64 * 2**10; plain numbers are themselves."""
+    factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    size = int(text[:-1] if factor > 1 else text) * factor
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text!r}")
+    return size
+
+
+def parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--size", type=size_of, default=size_of("16M"), help="entries, such as 16M (the default)")
+    arguments.add_argument("--repeats", type=int, default=repeats, help="rounds of timing")
+    arguments.add_argument("--quick", action="store_true", help="an eighth of the rounds")
+    arguments.add_argument("--json", type=Path, help="file for the results")
+    return arguments
+
+
+def repeats_of(options: argparse.Namespace) -> int:
+    """The number of rounds that the options ask for."""
+    return max(options.repeats // 8, 3) if options.quick else options.repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """What was timed.
+
+    Attributes:
+        seconds: For each competitor its seconds, one per round.
+        disturbed: Whether other processes were busy meanwhile.
+    """
+
+    seconds: dict[str, list[float]]
+    disturbed: bool
+
+    def added(self, name: str, base: str) -> float:
+        """Median over the rounds of the difference to `base`, in milliseconds."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return statistics.median(a - b for a, b in pairs) * MILLISECONDS
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median over the rounds of the ratio to `base`."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def ratio_above(self, name: str, base: str, floor: str) -> float:
+        """The same, with the time of `floor` taken off both."""
+        triples = zip(*(self.seconds[each] for each in (name, base, floor)), strict=True)
+        return statistics.median((a - c) / (b - c) for a, b, c in triples)
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """Minimum and median of each competitor in milliseconds."""
+        return {
+            name: {
+                "min_ms": min(seconds) * MILLISECONDS,
+                "median_ms": statistics.median(seconds) * MILLISECONDS,
+            }
+            for name, seconds in self.seconds.items()
+        }
+
+
+Competitor = Callable[[], Any]
+
+
+def interleaved(competitors: Mapping[str, Sequence[Competitor]], repeats: int, warmup: int = 3) -> Rounds:
+    """Times calls in rounds.
+
+    Rounds in which other processes were busy are not counted, unless the machine is
+    never quiet: after `4 * repeats` rounds those count that there are.
+
+    Args:
+        competitors: For each one or more instances: functions that return when their
+            work is done. The fastest instance counts in each round. Where an instance's
+            buffers lie in memory is a matter of luck and stays for its life; with the
+            same machine code it made some steps 1.5 times as slow as others.
+        repeats: Number of rounds.
+        warmup: Calls of each before the clock runs: tracing, compiling, first touch.
+
+    Returns:
+        A `Rounds`.
+    """
+    for instances in competitors.values():
+        for instance in instances:
+            for _ in range(warmup):
+                instance()
+    order = list(competitors)
+    shuffle = random.Random(0).shuffle
+
+    def one_round() -> dict[str, float]:
+        shuffle(order)
+        seconds = {}
+        for name in order:
+            seconds[name] = min(map(_seconds, competitors[name]))
+        return seconds
+
+    quiet: list[dict[str, float]] = []
+    disturbed: list[dict[str, float]] = []
+    while len(quiet) < repeats and len(quiet) + len(disturbed) < 4 * repeats:
+        others = _Others()
+        batch = [one_round()]
+        while others.elapsed() < LEAST_WATCHED and len(batch) < repeats:
+            batch.append(one_round())
+        (disturbed if others.share() > DISTURBED else quiet).extend(batch)
+    enough = 2 * len(quiet) >= repeats
+    rounds = quiet if enough else quiet + disturbed
+    return Rounds({name: [each[name] for each in rounds] for name in competitors}, not enough)
+
+
+def _seconds(function: Competitor) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+DISTURBED = 0.05
+"""Share of the cores that others may have used in a round that counts."""
+
+LEAST_WATCHED = 0.4
+"""Seconds over which that is watched: the kernel counts in hundredths of a second."""
+
+
+class _Others:
+    """Share of the cores that other processes use from now on; 0 where Linux does not tell."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._start = self._read()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._since
+
+    def share(self) -> float:
+        busy, own, total = (now - before for now, before in zip(self._read(), self._start, strict=True))
+        return max(busy - own, 0.0) / total if total else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        own = time.process_time() * os.sysconf("SC_CLK_TCK")
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return 0.0, own, 0.0
+        ticks = [float(field) for field in fields]
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) - idle, own, sum(ticks)
+
+
+def facts() -> dict[str, Any]:
+    """Where and when this ran."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "freezeops": fz.__version__,
+        "paths": ops.paths(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def mark(text: str, disturbed: bool) -> str:
+    """A result for a table, with a sign where it was measured on a busy machine."""
+    return f"~{text}" if disturbed else text
+
+
+MARK_NOTE = "~ other processes were busy meanwhile."
+
+
+def verdict(value: float, target: float | None) -> str:
+    """The target, and whether it was reached, as text for a table."""
+    if target is None:
+        return ""
+    return f"[green]{target:.2f} reached[/]" if value <= target else f"[red]{target:.2f} missed[/]"
+
+
+def table(title: str, columns: list[str]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    result = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="left" if i == 0 else "right")
+    return result
+
+
+def report(tables: list[Table], notes: list[str], results: dict[str, Any], path: Path | None) -> None:
+    """Prints tables and notes, and writes the JSON file.
+
+    Args:
+        tables: What to print.
+        notes: Lines below the tables.
+        results: What to write, beside the facts on the machine.
+        path: The file; `None` for none.
+    """
+    where = facts()
+    # Outside a terminal a table would be cut to 80 columns.
+    console = Console() if Console().is_terminal else Console(width=140)
+    for each in tables:
+        console.print(each)
+    for note in notes:
+        console.print(note)
+    console.print(
+        f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f}; "
+        f"TensorFlow {where['tensorflow']}, Keras {where['keras']}, freezeops {where['freezeops']} "
+        f"({where['paths']['mask_gradient']}); {where['date']}"
+    )
+    if path is not None:
+        path.write_text(json.dumps({"facts": where, **results}, indent=2) + "\n")

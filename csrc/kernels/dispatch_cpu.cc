@@ -1,0 +1,55 @@
+// Chooses the kernels for this machine, once.
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+namespace freezeops {
+namespace {
+
+const KernelTable& choose() {
+#if defined(FREEZEOPS_HAVE_X86_KERNELS)
+  const char* wanted = getenv("FREEZEOPS_ISA");
+  if (wanted == nullptr) wanted = "";
+  const bool generic_only = strcmp(wanted, "generic") == 0;
+  const bool avx2_at_most = generic_only || strcmp(wanted, "avx2") == 0;
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vbmi2");
+  if (has_avx512 && !avx2_at_most) return kAvx512Kernels;
+  if (has_avx2 && !generic_only) return kAvx2Kernels;
+#endif
+  return kGenericKernels;
+}
+
+}  // namespace
+
+const KernelTable& cpu_kernels() {
+  static const KernelTable& chosen = choose();
+  return chosen;
+}
+
+bool all_trainable(const MaskView& mask) {
+  const int64_t kept = mask.layout.kept;
+  const int64_t byte_count = mask_bytes(kept);
+  int64_t bit = 0;
+  constexpr int kWords = 64;  // looked at together, so that the loop is not held up by a test for each
+  for (; bit + 64 * kWords <= kept; bit += 64 * kWords) {
+    uint64_t words[kWords];
+    memcpy(words, mask.bits + bit / 8, sizeof(words));
+    uint64_t all = ~uint64_t{0};
+    for (int i = 0; i < kWords; ++i) all &= words[i];
+    if (all != ~uint64_t{0}) return false;
+  }
+  for (; bit + 64 <= kept; bit += 64) {
+    if (load_bits(mask.bits, byte_count, bit) != ~uint64_t{0}) return false;
+  }
+  const uint64_t valid = low_bits(kept - bit);
+  return bit == kept || (load_bits(mask.bits, byte_count, bit) & valid) == valid;
+}
+
+}  // namespace freezeops

@@ -1,0 +1,68 @@
+// What the CPU OpKernels share: checking inputs and sharing the work out among threads.
+
+#ifndef FREEZEOPS_OPS_CPU_HELPERS_H_
+#define FREEZEOPS_OPS_CPU_HELPERS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+#include "kernels/kernels.h"
+#include "ops/layout_attr.h"
+#include "ops/tf_compat.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/util/work_sharder.h"
+
+namespace freezeops {
+
+// Tensors larger than this are taken to be in memory, not in the cache.
+constexpr int64_t kBeyondCacheBytes = int64_t{32} << 20;
+
+inline Residence ResidenceOf(int64_t bytes) {
+  return bytes > kBeyondCacheBytes ? Residence::kMemory : Residence::kCache;
+}
+
+inline absl::Status CheckMask(const tensorflow::Tensor& mask, const MaskLayout& layout) {
+  if (mask.dims() == 1 && mask.dim_size(0) == mask_bytes(layout.kept)) return absl::OkStatus();
+  return InvalidArgument("mask must have shape [", mask_bytes(layout.kept), "], one bit for each of the ", layout.kept,
+                         " kept indices of layout ", LayoutString(layout), ". Received: mask of shape ",
+                         mask.shape().DebugString());
+}
+
+inline absl::Status CheckEntries(const char* what, const tensorflow::TensorShape& shape, const MaskLayout& layout) {
+  if (shape.num_elements() == entries(layout)) return absl::OkStatus();
+  return InvalidArgument(what, " must have the ", entries(layout), " entries of layout ", LayoutString(layout),
+                         ". Received: ", what, " of shape ", shape.DebugString());
+}
+
+inline MaskView ViewOf(const tensorflow::Tensor& mask, const MaskLayout& layout) {
+  return MaskView{mask.flat<uint8_t>().data(), layout};
+}
+
+// Pointer arithmetic in entries of `width` bytes.
+inline char* At(void* data, int64_t entry, int64_t width) { return static_cast<char*>(data) + entry * width; }
+inline const char* At(const void* data, int64_t entry, int64_t width) {
+  return static_cast<const char*>(data) + entry * width;
+}
+
+// Runs work(first, last) over parts of [0, count), in parallel where that pays.
+inline void ParallelFor(tensorflow::OpKernelContext* ctx, int64_t count, int64_t cycles_per_unit,
+                        const std::function<void(int64_t, int64_t)>& work) {
+  const auto& workers = *ctx->device()->tensorflow_cpu_worker_threads();
+  tensorflow::Shard(workers.num_threads, workers.workers, count, cycles_per_unit, work);
+}
+
+// Runs work(begin, end) over ranges of the `count` entries. Ranges begin at multiples of 64 entries, so that no two
+// threads share a mask word or (in aligned tensors) a cache line.
+inline void ParallelForEntries(tensorflow::OpKernelContext* ctx, int64_t count, int64_t width,
+                               const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t words = count / 64 + (count % 64 != 0);
+  // About 8 bytes a cycle.
+  ParallelFor(ctx, words, 64 * width / 8,
+              [&](int64_t first, int64_t last) { work(first * 64, std::min(last * 64, count)); });
+}
+
+}  // namespace freezeops
+
+#endif  // FREEZEOPS_OPS_CPU_HELPERS_H_

@@ -1,0 +1,193 @@
+// The ops' signatures and shape functions. Kernels: mask_ops.cc and variable_ops.cc (CPU), xla_kernels.cc.
+
+#include <vector>
+
+#include "ops/layout_attr.h"
+#include "ops/tf_compat.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace freezeops {
+namespace {
+
+using ::tensorflow::shape_inference::DimensionHandle;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+// Input `index` is a packed mask of layout.kept bits.
+absl::Status CheckMask(InferenceContext* c, int index, const MaskLayout& layout) {
+  ShapeHandle shape;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(index), 1, &shape));
+  DimensionHandle length;
+  const absl::Status status = c->WithValue(c->Dim(shape, 0), mask_bytes(layout.kept), &length);
+  if (!status.ok()) {
+    return InvalidArgument("mask must have ", mask_bytes(layout.kept), " bytes, one bit for each of the ", layout.kept,
+                           " kept indices of layout ", LayoutString(layout), ". Received: mask of shape ",
+                           c->DebugString(shape));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckEntries(InferenceContext* c, const char* what, ShapeHandle shape, const MaskLayout& layout) {
+  if (!c->RankKnown(shape)) return absl::OkStatus();
+  const DimensionHandle count = c->NumElements(shape);
+  if (c->ValueKnown(count) && c->Value(count) != entries(layout)) {
+    return InvalidArgument(what, " must have the ", entries(layout), " entries of layout ", LayoutString(layout),
+                           ". Received: ", what, " of shape ", c->DebugString(shape));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status MaskGradientShape(InferenceContext* c) {
+  MaskLayout layout;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  TF_RETURN_IF_ERROR(CheckMask(c, 1, layout));
+  TF_RETURN_IF_ERROR(CheckEntries(c, "gradient", c->input(0), layout));
+  c->set_output(0, c->input(0));
+  return absl::OkStatus();
+}
+
+absl::Status MaskSlicesShape(InferenceContext* c) {
+  MaskLayout layout;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  int64_t rows;
+  TF_RETURN_IF_ERROR(c->GetAttr("rows", &rows));
+  if (rows < 0) return InvalidArgument("rows must not be negative. Received: rows=", rows);
+  TF_RETURN_IF_ERROR(CheckMask(c, 2, layout));
+  ShapeHandle values;
+  TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(0), 1, &values));
+  ShapeHandle indices;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 1, &indices));
+  DimensionHandle count;
+  if (!c->RankKnown(values)) {
+    c->set_output(0, values);
+    return absl::OkStatus();
+  }
+  if (!c->Merge(c->Dim(values, 0), c->Dim(indices, 0), &count).ok()) {
+    return InvalidArgument("values must have one row for each index. Received: values of shape ",
+                           c->DebugString(values), ", indices of shape ", c->DebugString(indices));
+  }
+  TF_RETURN_IF_ERROR(c->ReplaceDim(values, 0, count, &values));
+  ShapeHandle row;
+  TF_RETURN_IF_ERROR(c->Subshape(values, 1, &row));
+  const DimensionHandle row_size = c->NumElements(row);
+  if (c->ValueKnown(row_size)) {
+    DimensionHandle total;
+    TF_RETURN_IF_ERROR(c->Multiply(row_size, rows, &total));
+    if (c->Value(total) != entries(layout)) {
+      return InvalidArgument("rows times the size of a row must be the ", entries(layout), " entries of layout ",
+                             LayoutString(layout), ". Received: rows=", rows, ", values of shape ",
+                             c->DebugString(values));
+    }
+  }
+  c->set_output(0, values);
+  return absl::OkStatus();
+}
+
+// The variable's shape where the handle tells it.
+absl::Status CheckVariable(InferenceContext* c, const MaskLayout& layout) {
+  ShapeHandle unused;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 0, &unused));
+  const auto* handle = c->input_handle_shapes_and_types(0);
+  if (handle == nullptr || handle->empty()) return absl::OkStatus();
+  const auto& value = (*handle)[0];
+  tensorflow::DataType dtype;
+  TF_RETURN_IF_ERROR(c->GetAttr("T", &dtype));
+  if (value.dtype != tensorflow::DT_INVALID && value.dtype != dtype) {
+    return InvalidArgument("variable must be of dtype ", tensorflow::DataTypeString(dtype),
+                           ". Received: a variable of dtype ", tensorflow::DataTypeString(value.dtype));
+  }
+  return CheckEntries(c, "variable", value.shape, layout);
+}
+
+absl::Status RememberFrozenShape(InferenceContext* c) {
+  MaskLayout layout;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
+  TF_RETURN_IF_ERROR(CheckMask(c, 1, layout));
+  c->set_output(0, c->Vector(InferenceContext::kUnknownDim));
+  return absl::OkStatus();
+}
+
+absl::Status RestoreFrozenShape(InferenceContext* c) {
+  MaskLayout layout;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
+  TF_RETURN_IF_ERROR(CheckMask(c, 1, layout));
+  ShapeHandle snapshot;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &snapshot));
+  const DimensionHandle length = c->Dim(snapshot, 0);
+  if (c->ValueKnown(length) && c->Value(length) > entries(layout)) {
+    return InvalidArgument("snapshot must have at most the ", entries(layout), " entries of layout ",
+                           LayoutString(layout), ". Received: snapshot of shape ", c->DebugString(snapshot));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+REGISTER_OP("Freezeops>MaskGradient")
+    .Input("gradient: T")
+    .Input("mask: uint8")
+    .Output("masked: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("layout: list(int)")
+    .SetShapeFn(MaskGradientShape)
+    .Doc(R"doc(
+The gradient with +0 at the frozen entries; the bits of the others are kept as they are.
+
+gradient: A tensor of outer * kept * inner entries.
+mask: The packed mask, one bit for each kept index, little bit order, 1 = trainable.
+layout: [outer, kept, inner]; entry (o * kept + k) * inner + j uses bit k.
+)doc");
+
+REGISTER_OP("Freezeops>MaskSlices")
+    .Input("values: T")
+    .Input("indices: Tindices")
+    .Input("mask: uint8")
+    .Output("masked: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Tindices: {int32, int64}")
+    .Attr("layout: list(int)")
+    .Attr("rows: int")
+    .SetShapeFn(MaskSlicesShape)
+    .Doc(R"doc(
+The values of an IndexedSlices with +0 at the frozen entries of the rows that its indices name.
+
+values: [k, d...], one row for each index.
+indices: [k], each in [0, rows).
+mask: The packed mask of the dense variable, as for MaskGradient.
+layout: The mask's layout over the rows * d entries of the dense variable.
+rows: The number of rows of the dense variable.
+)doc");
+
+REGISTER_OP("Freezeops>RememberFrozen")
+    .Input("variable: resource")
+    .Input("mask: uint8")
+    .Output("snapshot: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("layout: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(RememberFrozenShape)
+    .Doc(R"doc(
+An opaque snapshot of the variable's frozen entries, for RestoreFrozen.
+
+snapshot: Either the frozen values in order, or the variable's whole value, flattened.
+)doc");
+
+REGISTER_OP("Freezeops>RestoreFrozen")
+    .Input("variable: resource")
+    .Input("mask: uint8")
+    .Input("snapshot: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("layout: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(RestoreFrozenShape)
+    .Doc(R"doc(
+Writes the frozen entries back that RememberFrozen saw, with the same mask. Trainable entries stay as they are.
+
+snapshot: What RememberFrozen returned, in either form.
+)doc");
+
+}  // namespace freezeops

@@ -1,0 +1,254 @@
+// XLA kernels of all ops: plain HLO, which XLA fuses into whatever makes or takes the values.
+//
+// Registered for the JIT devices directly: the registration macro of XLA's own kernels takes effect only if the library
+// is loaded before XLA is used for the first time.
+
+#include <vector>
+
+#include "ops/layout_attr.h"
+#include "ops/tf_compat.h"
+#include "ops/xla_compat.h"
+#include "tensorflow/core/framework/op_kernel.h"
+
+namespace freezeops {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::TensorShape;
+using ::tensorflow::XlaOpKernel;
+using ::tensorflow::XlaOpKernelContext;
+using ::xla::XlaOp;
+
+absl::Status GetShape(XlaOpKernelContext* ctx, int input, TensorShape* shape) {
+  TF_ASSIGN_OR_RETURN(const xla::Shape xla_shape, ctx->InputXlaShape(input));
+  for (const int64_t size : xla_shape.dimensions()) TF_RETURN_IF_ERROR(shape->AddDimWithStatus(size));
+  return absl::OkStatus();
+}
+
+absl::Status CheckMask(const TensorShape& mask, const MaskLayout& layout) {
+  if (mask.dims() == 1 && mask.dim_size(0) == mask_bytes(layout.kept)) return absl::OkStatus();
+  return InvalidArgument("mask must have shape [", mask_bytes(layout.kept), "], one bit for each of the ", layout.kept,
+                         " kept indices of layout ", LayoutString(layout), ". Received: mask of shape ",
+                         mask.DebugString());
+}
+
+absl::Status CheckEntries(const char* what, const TensorShape& shape, const MaskLayout& layout) {
+  if (shape.num_elements() == entries(layout)) return absl::OkStatus();
+  return InvalidArgument(what, " must have the ", entries(layout), " entries of layout ", LayoutString(layout),
+                         ". Received: ", what, " of shape ", shape.DebugString());
+}
+
+// The unsigned integers as wide as a floating type. Values are chosen as integers: a choice among floats may turn a
+// signalling NaN into a quiet one.
+xla::PrimitiveType IntegersFor(DataType dtype) {
+  switch (tensorflow::DataTypeSize(dtype)) {
+    case 2:
+      return xla::U16;
+    case 4:
+      return xla::U32;
+    default:
+      return xla::U64;
+  }
+}
+
+// Integers in the tensor's shape: all bits set where an entry is trainable, none where it is frozen. Values are joined by
+// AND and OR with these and not by Select, which the CPU's compiler turns into a branch where one side is expensive to
+// compute: mispredicted at every other entry of a random mask.
+//
+// No axes of length 1 are made on the way: with those XLA picks layouts between which the fused loop copies, and the
+// loop is no longer vectorized.
+XlaOp TrainableBits(XlaOp mask, const MaskLayout& layout, const TensorShape& shape, xla::PrimitiveType integers) {
+  xla::XlaBuilder* builder = mask.builder();
+  const int rank = shape.dims();
+  const int64_t last = rank == 0 ? 1 : shape.dim_size(rank - 1);
+  const bool elementwise = layout.outer == 1 && layout.inner == 1;
+  const bool whole_bytes_per_row = elementwise && rank > 1 && last % 8 == 0;
+  std::vector<int64_t> byte_dims = {mask_bytes(layout.kept)};
+  if (whole_bytes_per_row) byte_dims = {entries(layout) / last, last / 8};
+  std::vector<int64_t> bit_dims = byte_dims;
+  bit_dims.push_back(8);
+  std::vector<int64_t> axes(byte_dims.size());
+  for (size_t i = 0; i < axes.size(); ++i) axes[i] = static_cast<int64_t>(i);
+
+  const XlaOp shifts = xla::Iota(builder, xla::ShapeUtil::MakeShape(xla::U8, bit_dims), byte_dims.size());
+  XlaOp bits = xla::ShiftRightLogical(xla::BroadcastInDim(xla::Reshape(mask, byte_dims), bit_dims, axes), shifts);
+  bits = xla::And(bits, xla::ConstantR0<uint8_t>(builder, 1));
+  if (!whole_bytes_per_row) {
+    bits = xla::Slice(xla::Reshape(bits, {byte_dims[0] * 8}), {0}, {layout.kept}, {1});
+    std::vector<int64_t> spread;
+    if (layout.outer > 1) spread.push_back(layout.outer);
+    const int64_t kept_axis = static_cast<int64_t>(spread.size());
+    spread.push_back(layout.kept);
+    if (layout.inner > 1) spread.push_back(layout.inner);
+    bits = xla::BroadcastInDim(bits, spread, {kept_axis});
+  }
+  const XlaOp all = xla::Sub(xla::Zero(builder, integers), xla::ConvertElementType(bits, integers));
+  return xla::Reshape(all, shape.dim_sizes());
+}
+
+class MaskGradientXlaOp : public XlaOpKernel {
+ public:
+  explicit MaskGradientXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape, mask_shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
+    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
+    OP_REQUIRES_OK(ctx, CheckEntries("gradient", shape, layout_));
+    if (shape.num_elements() == 0) {
+      ctx->SetOutput(0, ctx->Input(0));
+      return;
+    }
+    const xla::PrimitiveType integers = IntegersFor(ctx->input_type(0));
+    const XlaOp masked = xla::And(TrainableBits(ctx->Input(1), layout_, shape, integers),
+                                  xla::BitcastConvertType(ctx->Input(0), integers));
+    ctx->SetOutput(0, xla::BitcastConvertType(masked, ctx->input_xla_type(0)));
+  }
+
+ private:
+  MaskLayout layout_;
+};
+
+class MaskSlicesXlaOp : public XlaOpKernel {
+ public:
+  explicit MaskSlicesXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("rows", &rows_));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape values_shape, indices_shape, mask_shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &values_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &indices_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &mask_shape));
+    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
+    OP_REQUIRES(
+        ctx,
+        values_shape.dims() >= 1 && indices_shape.dims() == 1 && values_shape.dim_size(0) == indices_shape.dim_size(0),
+        InvalidArgument("values must have one row for each index. Received: values of shape ",
+                        values_shape.DebugString(), ", indices of shape ", indices_shape.DebugString()));
+    int64_t row_size = 1;
+    for (int i = 1; i < values_shape.dims(); ++i) row_size *= values_shape.dim_size(i);
+    OP_REQUIRES(ctx, rows_ >= 0 && rows_ * row_size == entries(layout_),
+                InvalidArgument("rows times the size of a row must be the ", entries(layout_), " entries of layout ",
+                                LayoutString(layout_), ". Received: rows=", rows_, ", values of shape ",
+                                values_shape.DebugString()));
+    if (values_shape.num_elements() == 0 || entries(layout_) == 0) {
+      ctx->SetOutput(0, ctx->Input(0));
+      return;
+    }
+
+    xla::XlaBuilder* builder = ctx->builder();
+    const int64_t slices = indices_shape.dim_size(0);
+    const bool bit_per_row = layout_.inner % row_size == 0;
+    const int64_t columns = bit_per_row ? 1 : row_size;
+    const xla::PrimitiveType integer = entries(layout_) < (int64_t{1} << 31) ? xla::S32 : xla::S64;
+    const auto constant = [&](int64_t value) { return xla::ConstantR0WithType(builder, integer, value); };
+
+    // The entry, then the bit, of each value (of each row where a row lies under one bit). An index that is out of
+    // range cannot be reported from here; it is clamped, and what takes the slices drops it.
+    XlaOp bit = xla::Clamp(constant(0), xla::ConvertElementType(ctx->Input(1), integer), constant(rows_ - 1));
+    bit = xla::BroadcastInDim(xla::Mul(bit, constant(row_size)), {slices, columns}, {0});
+    if (columns > 1) bit = xla::Add(bit, xla::Iota(builder, xla::ShapeUtil::MakeShape(integer, {slices, columns}), 1));
+    if (layout_.inner > 1) bit = xla::Div(bit, constant(layout_.inner));
+    if (layout_.outer > 1) bit = xla::Rem(bit, constant(layout_.kept));
+
+    xla::GatherDimensionNumbers numbers;
+    numbers.add_collapsed_slice_dims(0);
+    numbers.add_start_index_map(0);
+    numbers.set_index_vector_dim(2);
+    const XlaOp bytes = xla::Gather(ctx->Input(2), xla::ShiftRightLogical(bit, constant(3)), numbers, {1});
+    const XlaOp shifts = xla::ConvertElementType(xla::And(bit, constant(7)), xla::U8);
+    const XlaOp bits = xla::And(xla::ShiftRightLogical(bytes, shifts), xla::ConstantR0<uint8_t>(builder, 1));
+    const XlaOp trainable = xla::Ne(bits, xla::ConstantR0<uint8_t>(builder, 0));
+
+    const xla::PrimitiveType integers = IntegersFor(ctx->input_type(0));
+    const XlaOp values = xla::Reshape(xla::BitcastConvertType(ctx->Input(0), integers), {slices, row_size});
+    const XlaOp zeros = xla::Broadcast(xla::Zero(builder, integers), {slices, row_size});
+    const XlaOp passes =
+        bit_per_row ? xla::BroadcastInDim(xla::Reshape(trainable, {slices}), {slices, row_size}, {0}) : trainable;
+    const XlaOp masked = xla::Select(passes, values, zeros);
+    ctx->SetOutput(0, xla::BitcastConvertType(xla::Reshape(masked, values_shape.dim_sizes()), ctx->input_xla_type(0)));
+  }
+
+ private:
+  MaskLayout layout_;
+  int64_t rows_ = 0;
+};
+
+class RememberFrozenXlaOp : public XlaOpKernel {
+ public:
+  explicit RememberFrozenXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+  }
+
+  // Shapes are static here, so the snapshot is always the whole value.
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape, mask_shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
+    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    ctx->SetOutput(0, xla::Reshape(value, {shape.num_elements()}));
+  }
+
+ private:
+  MaskLayout layout_;
+  DataType dtype_;
+};
+
+class RestoreFrozenXlaOp : public XlaOpKernel {
+ public:
+  explicit RestoreFrozenXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape, mask_shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
+    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    TensorShape snapshot_shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &snapshot_shape));
+    OP_REQUIRES(ctx, snapshot_shape.dims() == 1 && snapshot_shape.num_elements() == entries(layout_),
+                InvalidArgument("snapshot must be a vector of all ", entries(layout_), " entries of layout ",
+                                LayoutString(layout_),
+                                " in a function that XLA compiles: remember and restore in the same function. "
+                                "Received: snapshot of shape ",
+                                snapshot_shape.DebugString()));
+    if (entries(layout_) == 0) return;
+    const xla::PrimitiveType integers = IntegersFor(dtype_);
+    const XlaOp trainable = TrainableBits(ctx->Input(1), layout_, shape, integers);
+    const XlaOp old = xla::BitcastConvertType(xla::Reshape(ctx->Input(2), shape.dim_sizes()), integers);
+    const XlaOp restored =
+        xla::Or(xla::And(trainable, xla::BitcastConvertType(value, integers)), xla::And(xla::Not(trainable), old));
+    xla::PrimitiveType type;
+    OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::BitcastConvertType(restored, type)));
+  }
+
+ private:
+  MaskLayout layout_;
+  DataType dtype_;
+};
+
+#define FREEZEOPS_REGISTER(OP, KERNEL)                             \
+  REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_CPU_JIT"), KERNEL); \
+  REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_GPU_JIT"), KERNEL)
+FREEZEOPS_REGISTER("Freezeops>MaskGradient", MaskGradientXlaOp);
+FREEZEOPS_REGISTER("Freezeops>MaskSlices", MaskSlicesXlaOp);
+FREEZEOPS_REGISTER("Freezeops>RememberFrozen", RememberFrozenXlaOp);
+FREEZEOPS_REGISTER("Freezeops>RestoreFrozen", RestoreFrozenXlaOp);
+#undef FREEZEOPS_REGISTER
+
+}  // namespace
+}  // namespace freezeops

@@ -1,0 +1,13 @@
+"""freezeops freezes individual entries inside a tensor while the rest of it trains.
+
+Polarity, everywhere: True = trainable, False = frozen.
+"""
+
+from freezeops._version import __version__ as __version__
+from freezeops.mask import Mask as Mask
+from freezeops.maskfile import load_masks as load_masks
+from freezeops.maskfile import save_masks as save_masks
+from freezeops.optimizer import MaskedOptimizer as MaskedOptimizer
+from freezeops.transforms import mask_gradient as mask_gradient
+from freezeops.transforms import mask_gradients as mask_gradients
+from freezeops.transforms import partial_stop_gradient as partial_stop_gradient

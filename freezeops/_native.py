@@ -1,0 +1,254 @@
+"""Finds the compiled libraries, refuses those built for another TensorFlow, loads the rest.
+
+A library of ops works with the TensorFlow minor version it was compiled for and with no other. That it loads proves
+nothing (one for 2.19 loads in 2.18 and is misread there), so versions are compared before anything is loaded. Without
+a library everything works on the reference twins; a warning says so once.
+"""
+
+import ctypes
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import re
+import struct
+import threading
+import warnings
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from freezeops._version import __version__
+
+_DIRECTORY = Path(__file__).resolve().parent
+_LIBRARY_NAME = re.compile(r"libfreezeops_tf(\d+)_(\d+)\.so")
+_REMEDY = "pip install --no-deps --force-reinstall ."
+
+_lock = threading.Lock()
+_loaded: "_Outcome | None" = None
+_host: tuple[ModuleType | None, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryReport:
+    """One compiled library of ops that was found.
+
+    Attributes:
+        path: The file.
+        built_for: The TensorFlow version it was built for, as its build information says ("" if that is missing).
+        loaded: Whether it is in use.
+        reason: Why it was loaded or refused, in words.
+        build: The build information written next to it: compiler, instruction sets, CUDA.
+    """
+
+    path: Path
+    built_for: str
+    loaded: bool
+    reason: str
+    build: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What `python -m freezeops` prints: versions, libraries, and what is in use.
+
+    Attributes:
+        versions: Name to version, for freezeops, TensorFlow, Keras, NumPy and Python.
+        backend: `FREEZEOPS_BACKEND`, "auto" where it is not set.
+        libraries: Every library of ops found, with why each was loaded or refused.
+        host: Whether the host module (`freezeops._host`) is in use, or why it is not.
+        isa: The instruction set the CPU kernels chose, None if no library is in use.
+        cuda: Whether the library in use has CUDA kernels.
+    """
+
+    versions: dict[str, str]
+    backend: str
+    libraries: list[LibraryReport]
+    host: str
+    isa: str | None
+    cuda: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """The result of looking for a library: at most one is loaded."""
+
+    module: ModuleType | None
+    reports: list[LibraryReport]
+
+    @property
+    def used(self) -> LibraryReport | None:
+        return next((report for report in self.reports if report.loaded), None)
+
+
+def _reference_is_asked_for() -> bool:
+    return os.environ.get("FREEZEOPS_BACKEND") == "reference"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _read_build_info(library: Path) -> tuple[dict[str, Any], str]:
+    """Returns a library's build information and, if that cannot be used, why."""
+    path = library.with_suffix(".json")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, f"its build information ({path.name}) is missing"
+    except (OSError, ValueError) as error:
+        return {}, f"its build information ({path.name}) cannot be read: {error}"
+    if not isinstance(info, dict) or not isinstance(info.get("tensorflow_version"), str):
+        return {}, f"its build information ({path.name}) does not name a TensorFlow version"
+    return info, ""
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a shared library is as long as its header says: the loader of the system crashes on a truncated one."""
+    content = library.read_bytes()
+    if len(content) < 64 or content[:6] != b"\x7fELF\x02\x01":  # 64 bit, little endian
+        return False
+    # The table of sections is the last thing in the file: offset, and size and number of its entries.
+    (offset,) = struct.unpack_from("<Q", content, 40)
+    size, number = struct.unpack_from("<HH", content, 58)
+    return offset + size * number <= len(content)
+
+
+def _examine(library: Path, running: str) -> LibraryReport:
+    """Says whether a library may be loaded into TensorFlow `running`: an empty reason means that it may."""
+    info, reason = _read_build_info(library)
+    built_for = info.get("tensorflow_version", "")
+    named = _LIBRARY_NAME.fullmatch(library.name)
+    name_minor = f"{named[1]}.{named[2]}" if named else ""
+    if not reason:
+        if _minor(built_for) != name_minor:
+            reason = f"its name says TensorFlow {name_minor}, its build information TensorFlow {built_for}"
+        elif _minor(built_for) != _minor(running):
+            reason = f"built for TensorFlow {built_for}, running TensorFlow {running}"
+        elif info.get("freezeops_version") != __version__:
+            reason = f"built from freezeops {info.get('freezeops_version')}, running freezeops {__version__}"
+        elif not _is_whole(library):
+            reason = "it could not be loaded: the file is damaged or not a library for this platform"
+    return LibraryReport(library, built_for, False, reason, info)
+
+
+def _find_and_load() -> _Outcome:
+    import tensorflow as tf
+
+    running = tf.__version__
+    module = None
+    reports = []
+    for library in sorted(_DIRECTORY.glob("libfreezeops_tf*.so")):
+        report = _examine(library, running)
+        if not report.reason:
+            try:
+                module = tf.load_op_library(str(library))
+                report = dataclasses.replace(report, loaded=True, reason=f"built for TensorFlow {report.built_for}")
+            except (tf.errors.OpError, OSError, RuntimeError) as error:
+                first_line = next(iter(str(error).splitlines()), type(error).__name__)
+                report = dataclasses.replace(report, reason=f"it could not be loaded: {first_line}")
+        reports.append(report)
+    outcome = _Outcome(module, reports)
+    if module is None:
+        _warn(running, reports)
+    return outcome
+
+
+def _warn(running: str, reports: list[LibraryReport]) -> None:
+    if reports:
+        found = "; ".join(f"{report.path.name}: {report.reason}" for report in reports)
+        found = f"Found and refused: {found}."
+    else:
+        found = f"None was found in {_DIRECTORY}."
+    warnings.warn(
+        f"freezeops {__version__} has no compiled ops for TensorFlow {running} and uses the slower reference ones, "
+        f"with the same results. {found} To build them for this TensorFlow, run `{_REMEDY}` in freezeops's source "
+        "tree. To do without them and without this warning, set FREEZEOPS_BACKEND=reference.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _outcome() -> _Outcome:
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _loaded = _find_and_load()
+        return _loaded
+
+
+def op_library() -> ModuleType | None:
+    """The compiled ops for the running TensorFlow, loaded at the first call.
+
+    Returns:
+        The module with the ops as functions (`freezeops_mask_gradient` and so on), or None if there is none for this
+        TensorFlow (the first call then warns, with the reason and the command that mends it) or
+        `FREEZEOPS_BACKEND=reference` asks for none.
+    """
+    return None if _reference_is_asked_for() else _outcome().module
+
+
+def _import_host() -> tuple[ModuleType | None, str]:
+    global _host
+    with _lock:
+        if _host is None:
+            try:
+                _host = importlib.import_module("freezeops._host"), "loaded"
+            except ImportError as error:
+                _host = None, f"not in use: {error}"
+        return _host
+
+
+def host_module() -> ModuleType | None:
+    """The compiled host module (`pack`, `unpack`, `count`, `indices`), or None if it was not built or the environment
+    says `FREEZEOPS_BACKEND=reference`. NumPy twins do its work then, so nothing is said about it.
+    """
+    return None if _reference_is_asked_for() else _import_host()[0]
+
+
+def has_cuda() -> bool:
+    """Whether the ops in use have CUDA kernels."""
+    if _reference_is_asked_for():
+        return False
+    used = _outcome().used
+    return used is not None and bool(used.build.get("cuda"))
+
+
+def _isa(library: Path) -> str:
+    function = ctypes.CDLL(str(library)).freezeops_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _version_of(distributions: tuple[str, ...]) -> str:
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def diagnosis() -> Diagnosis:
+    """Finds out what is installed and what is in use. Loads the libraries unless the environment says otherwise."""
+    import tensorflow as tf
+
+    versions = {
+        "freezeops": __version__,
+        "TensorFlow": tf.__version__,
+        "Keras": _version_of(("keras", "keras-nightly")),
+        "NumPy": _version_of(("numpy",)),
+        "Python": platform.python_version(),
+    }
+    backend = os.environ.get("FREEZEOPS_BACKEND") or "auto"
+    if _reference_is_asked_for():
+        reports = [
+            dataclasses.replace(report, reason=report.reason or "not loaded: FREEZEOPS_BACKEND=reference")
+            for report in (_examine(path, tf.__version__) for path in sorted(_DIRECTORY.glob("libfreezeops_tf*.so")))
+        ]
+        return Diagnosis(versions, backend, reports, "not in use: FREEZEOPS_BACKEND=reference", None, False)
+    outcome = _outcome()
+    isa = _isa(outcome.used.path) if outcome.used else None
+    return Diagnosis(versions, backend, outcome.reports, _import_host()[1], isa, has_cuda())

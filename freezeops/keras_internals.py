@@ -1,0 +1,201 @@
+"""All that freezeops has to know of Keras's insides, in one place.
+
+Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimizer.py`,
+`optimizers/loss_scale_optimizer.py` and `optimizers/multi_optimizer.py`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+_MULTI_OPTIMIZER = getattr(keras.optimizers, "MultiOptimizer", None)
+"""New in Keras 3.15."""
+
+Variable = Any
+"""A `keras.Variable` or a `tf.Variable`."""
+
+
+def tf_variable(variable: Variable) -> tf.Variable:
+    """The TensorFlow variable behind a Keras variable, or the variable itself."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def components(variable: Variable) -> list[tf.Variable]:
+    """The TensorFlow variables that hold a variable where this is called.
+
+    Under a `tf.distribute.Strategy` with replicas: in a replica its own copy, outside
+    of them all copies of this process. Otherwise the variable itself.
+    """
+    variable = tf_variable(variable)
+    if not isinstance(variable, tf.distribute.DistributedValues):
+        return [variable]
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return list(variable.values)
+    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    return [variable.values[replica % len(variable.values)]]
+
+
+def is_variable(x: Any) -> bool:
+    """Whether `x` is a Keras or TensorFlow variable."""
+    return isinstance(x, keras.Variable | tf.Variable)
+
+
+def variable_key(variable: Variable) -> str:
+    """The same for a Keras variable, its TensorFlow variable and each of its replicas."""
+    variable = tf_variable(variable)
+    if not isinstance(variable, tf.distribute.DistributedValues):
+        # A replica's own copy knows its container; it is attached to the copy or to its handle.
+        for part in (variable, getattr(variable, "handle", None)):
+            container = getattr(part, "_distributed_container", None)
+            if container is not None:
+                variable = container()
+                break
+    return variable._unique_id
+
+
+def variable_path(variable: Variable) -> str:
+    """A Keras variable's `path`; a TensorFlow variable's name without `:0`."""
+    if isinstance(variable, keras.Variable):
+        return variable.path
+    return variable.name.removesuffix(":0")
+
+
+def dtype_name(variable: Variable) -> str:
+    """The dtype as text, such as `"float32"`."""
+    return tf.as_dtype(variable.dtype).name
+
+
+def base_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
+    """The optimizers that update variables, behind any wrappers."""
+    if hasattr(optimizer, "inner_optimizer"):
+        yield from base_optimizers(optimizer.inner_optimizer)
+    elif _MULTI_OPTIMIZER and isinstance(optimizer, _MULTI_OPTIMIZER):
+        for inner in optimizer.optimizers:
+            yield from base_optimizers(inner)
+    else:
+        yield optimizer
+
+
+def step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """The variable that counts calls of `apply`, of the first optimizer that has a live one."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer._iterations
+
+
+def average_slots(
+    optimizer: keras.optimizers.Optimizer,
+) -> Iterator[tuple[Variable, keras.Variable]]:
+    """Each variable with the slot of its moving average, for optimizers with `use_ema=True`."""
+    for base in base_optimizers(optimizer):
+        if not base.use_ema or not base.built:
+            continue
+        slots = base._model_variables_moving_average
+        for variable, average in zip(base._trainable_variables, slots, strict=True):
+            if average is not None:
+                yield variable, average
+
+
+def accumulators(
+    optimizer: keras.optimizers.Optimizer,
+) -> Iterator[tuple[Variable, keras.Variable]]:
+    """Each variable with its accumulated gradient, for optimizers that accumulate."""
+    for base in base_optimizers(optimizer):
+        if base.gradient_accumulation_steps and base.built:
+            yield from zip(base._trainable_variables, base._accumulated_gradients, strict=True)
+
+
+def writes_only_rows_with_gradients(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether a step writes no row of a variable but those that its `IndexedSlices` name.
+
+    Of Keras's optimizers that is plain SGD alone: every other one has slots that it
+    updates densely, and moves the variable by them.
+    """
+    return all(
+        type(base) is keras.optimizers.SGD
+        and not base.momentum
+        and base.weight_decay is None  # with 0.0 Keras still writes every row
+        and not base.use_ema
+        and not base.gradient_accumulation_steps
+        for base in base_optimizers(optimizer)
+    )
+
+
+def loss_scaler_that_builds(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.LossScaleOptimizer | None:
+    """The `LossScaleOptimizer` that wraps an optimizer, if it is now building it.
+
+    `compile` makes the wrapper by itself under `mixed_float16`, and nothing points
+    from the inner optimizer to it; but it is on the call stack when it builds.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if (
+            isinstance(caller, keras.optimizers.LossScaleOptimizer)
+            and caller is not optimizer
+            and caller.inner_optimizer is optimizer
+        ):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def mask_before_loss_scaling(
+    scaler: keras.optimizers.LossScaleOptimizer,
+    mask: Callable[[Sequence[Any], Sequence[Variable] | None], list[Any]],
+) -> None:
+    """Has a `LossScaleOptimizer` mask gradients before it looks whether they are finite.
+
+    Args:
+        scaler: The wrapper. It is changed, once.
+        mask: Masks gradients, given the variables or `None` for all.
+    """
+    if "_tf_apply" in vars(scaler):
+        return
+    apply = scaler._tf_apply
+
+    def masked_apply(grads: Sequence[Any], trainable_variables: Sequence[Variable] | None = None) -> None:
+        apply(mask(grads, trainable_variables), trainable_variables)
+
+    scaler._tf_apply = masked_apply
+
+
+def guard_swaps(around: Callable[[Any], AbstractContextManager]) -> None:
+    """Has Keras's `SwapEMAWeights` swap inside of a guard.
+
+    It swaps a variable with its average by adding and subtracting, which turns -0.0
+    into 0.0 and an infinity into NaN, and gives nobody a say. Changes the callback's
+    class, once; for optimizers that `around` does not know it does what it did.
+
+    Args:
+        around: Gives a context manager for a model's optimizer.
+    """
+    callback = keras.callbacks.SwapEMAWeights
+    swap = callback._tf_swap_variables
+    if hasattr(swap, "_freezeops_guard"):
+        return
+
+    def guarded(self: Any, optimizer: Any) -> None:
+        with around(self.model.optimizer):
+            swap(self, optimizer)
+
+    guarded._freezeops_guard = True  # type: ignore[attr-defined]
+    callback._tf_swap_variables = guarded
+
+
+def moving_state(layer: keras.Layer) -> list[str]:
+    """Paths of float state that a layer updates by itself while it is trainable."""
+    paths = []
+    for part in layer._flatten_layers():
+        if part.trainable:
+            paths += [
+                variable.path for variable in part._non_trainable_variables if tf.as_dtype(variable.dtype).is_floating
+            ]
+    return paths

@@ -1,0 +1,102 @@
+"""Mask layouts: which bit of a packed mask belongs to which entry of a tensor.
+
+A layout `(outer, kept, inner)` describes a mask that repeats along leading or
+trailing axes. The tensor is flattened in row-major order and entry
+`(o * kept + k) * inner + j` uses bit `k` of the mask. The same arithmetic is in
+`csrc/mask_layout.h`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+MASKABLE = ("elements", "rows", "columns", "none")
+"""What can be set aside for a variable; `"none"` means that it can't be masked."""
+
+
+class Layout(NamedTuple):
+    """How the bits of a mask spread over a flattened tensor.
+
+    Attributes:
+        outer: How often the bits repeat along the leading axes.
+        kept: Number of bits.
+        inner: Number of consecutive entries that share one bit.
+    """
+
+    outer: int
+    kept: int
+    inner: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the tensor."""
+        return self.outer * self.kept * self.inner
+
+    @property
+    def packed_bytes(self) -> int:
+        """Length of the packed mask in bytes."""
+        return (self.kept + 7) // 8
+
+
+def elementwise(shape: Sequence[int]) -> Layout:
+    """One bit per entry."""
+    return Layout(1, math.prod(shape), 1)
+
+
+def whole(shape: Sequence[int]) -> Layout:
+    """One bit for the whole tensor."""
+    return Layout(1, 1, math.prod(shape))
+
+
+def rows(shape: Sequence[int]) -> Layout:
+    """One bit per index of the first axis; a scalar has one row."""
+    if not shape:
+        return Layout(1, 1, 1)
+    return Layout(1, shape[0], math.prod(shape[1:]))
+
+
+def columns(shape: Sequence[int]) -> Layout:
+    """One bit per index of the last axis; a scalar has one column."""
+    if not shape:
+        return Layout(1, 1, 1)
+    return Layout(math.prod(shape[:-1]), shape[-1], 1)
+
+
+def named(name: str, shape: Sequence[int]) -> Layout:
+    """The layout that a `maskable` value other than `"none"` stands for."""
+    return {"elements": elementwise, "rows": rows, "columns": columns}[name](shape)
+
+
+def of_broadcast(array_shape: Sequence[int], shape: Sequence[int]) -> Layout:
+    """The layout that holds an array which broadcasts to `shape` along axes of length 1.
+
+    Args:
+        array_shape: Shape of the mask array. Of the same rank as `shape`; each
+            axis is either that of `shape` or 1.
+        shape: Shape of the tensor.
+
+    Returns:
+        A layout whose `kept` bits are the array's own entries in order, or the
+        elementwise layout where no layout holds the array as it is.
+    """
+    own = [axis for axis, size in enumerate(array_shape) if size != 1]
+    if not own:
+        return whole(shape) if math.prod(shape) else elementwise(shape)
+    first, last = own[0], own[-1] + 1
+    if any(array_shape[axis] != shape[axis] for axis in range(first, last)):
+        return elementwise(shape)
+    return Layout(math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:]))
+
+
+def common(a: Layout, b: Layout) -> Layout:
+    """The smallest layout offered here that holds every mask of either layout.
+
+    Both must be of one tensor. A layout of one bit fits into any other.
+    """
+    if a == b or b.kept == 1:
+        return a
+    if a.kept == 1:
+        return b
+    return Layout(1, a.size, 1)

@@ -1,0 +1,192 @@
+"""The only place that chooses between a native op and its reference twin.
+
+The native op runs when a library for the running TensorFlow is loaded and has a
+kernel for the device; otherwise, and with `FREEZEOPS_BACKEND=reference` in the
+environment, the twin in `freezeops.reference` does. The environment is read at
+every call, so at trace time inside `tf.function`.
+"""
+
+import os
+from types import ModuleType
+
+import numpy as np
+import tensorflow as tf
+
+from freezeops import _native, reference
+from freezeops.layout import Layout
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""The dtypes that can be masked."""
+
+_OPS = ("mask_gradient", "mask_slices", "remember_frozen", "restore_frozen")
+_HOST = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
+
+
+def backend() -> str:
+    """`"auto"`, or `"reference"` where the environment asks for it.
+
+    Raises:
+        ValueError: If `FREEZEOPS_BACKEND` holds anything else.
+    """
+    name = os.environ.get("FREEZEOPS_BACKEND", "auto") or "auto"
+    if name not in ("auto", "reference"):
+        raise ValueError(f"FREEZEOPS_BACKEND must be 'auto' or 'reference'. Received: FREEZEOPS_BACKEND={name!r}")
+    return name
+
+
+def _reason_for_reference() -> str | None:
+    """Why the twins run, or None if the native ops do."""
+    if backend() == "reference":
+        return "FREEZEOPS_BACKEND=reference"
+    if _native.op_library() is None:
+        return "no library for the running TensorFlow"
+    if not _native.has_cuda() and tf.config.list_logical_devices("GPU"):
+        return "a GPU is visible and the library has no CUDA kernels"
+    return None
+
+
+def _library() -> ModuleType | None:
+    return None if _reason_for_reference() else _native.op_library()
+
+
+def _host() -> ModuleType | None:
+    return None if backend() == "reference" else _native.host_module()
+
+
+def paths() -> dict[str, str]:
+    """Which path each op takes here, as text for people: `python -m freezeops` prints it."""
+    reason = _reason_for_reference()
+    host = "native" if _host() else "reference (no host module)"
+    if backend() == "reference":
+        host = "reference (FREEZEOPS_BACKEND=reference)"
+    device = f"reference ({reason})" if reason else "native"
+    return {name: device for name in _OPS} | {name: host for name in _HOST}
+
+
+# Host side: bits of NumPy arrays.
+
+
+def pack_bits(array: np.ndarray) -> np.ndarray:
+    """Booleans to packed bits; see `reference.pack_bits`."""
+    if host := _host():
+        return host.pack(np.ascontiguousarray(array, dtype=bool))
+    return reference.pack_bits(array)
+
+
+def unpack_bits(packed: np.ndarray, size: int) -> np.ndarray:
+    """Packed bits to booleans; see `reference.unpack_bits`."""
+    if host := _host():
+        return host.unpack(packed, size)
+    return reference.unpack_bits(packed, size)
+
+
+def count_bits(packed: np.ndarray, size: int) -> int:
+    """Number of ones; see `reference.count_bits`."""
+    if host := _host():
+        return host.count(packed, size)
+    return reference.count_bits(packed, size)
+
+
+def bit_indices(packed: np.ndarray, size: int) -> np.ndarray:
+    """Positions of ones; see `reference.bit_indices`."""
+    if host := _host():
+        return host.indices(packed, size)
+    return reference.bit_indices(packed, size)
+
+
+# Device side.
+
+
+def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
+    """The gradient where the mask's bit is 1, and +0.0 where it is 0.
+
+    Args:
+        gradient: Tensor of a dtype in `FLOAT_DTYPES` with `layout.size` entries.
+        mask: `uint8` vector of `layout.packed_bytes` bytes.
+        layout: How the bits spread over the gradient.
+
+    Returns:
+        A tensor of the gradient's shape; in the gradient's own buffer where
+        TensorFlow allows that. Differentiable any number of times.
+    """
+    if library := _library():
+        return library.freezeops_mask_gradient(gradient, mask, layout=list(layout))
+    return reference.mask_gradient(gradient, mask, layout)
+
+
+def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: Layout, rows: int) -> tf.Tensor:
+    """Masks the values of a `tf.IndexedSlices`; see `reference.mask_slices`."""
+    if library := _library():
+        return library.freezeops_mask_slices(values, indices, mask, layout=list(layout), rows=rows)
+    return reference.mask_slices(values, indices, mask, layout, rows)
+
+
+def merge_slices(
+    new: tf.Tensor,
+    old: tf.Tensor,
+    indices: tf.Tensor,
+    mask: tf.Tensor,
+    layout: Layout,
+    rows: int,
+) -> tf.Tensor:
+    """Rows of a tensor: the trainable entries of `new` and the frozen entries of `old`.
+
+    Args:
+        new: Float tensor of shape `[k, ...]`.
+        old: Likewise.
+        indices: Integer vector of length `k`: which row of the dense tensor each is.
+        mask: Packed bits of the dense tensor.
+        layout: Its layout.
+        rows: Number of rows of the dense tensor.
+
+    Returns:
+        A tensor of the shape of `new`, bits preserved.
+    """
+    integer = reference.integers_like(new.dtype)
+
+    def passing(values: tf.Tensor) -> tf.Tensor:
+        return tf.bitcast(mask_slices(values, indices, mask, layout, rows), integer)
+
+    # What does not pass is zero bits, so `^` leaves the frozen entries and `|` joins the two.
+    frozen = tf.bitwise.bitwise_xor(tf.bitcast(old, integer), passing(old))
+    return tf.bitcast(tf.bitwise.bitwise_or(passing(new), frozen), new.dtype)
+
+
+def remember_frozen(variable: tf.Variable, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
+    """What `restore_frozen` needs; opaque. See `reference.remember_frozen`."""
+    if library := _library():
+        return library.freezeops_remember_frozen(variable.handle, mask, T=variable.dtype, layout=list(layout))
+    return reference.remember_frozen(variable, mask, layout)
+
+
+def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, layout: Layout) -> None:
+    """Writes the frozen entries of a variable back, in place where possible.
+
+    Args:
+        variable: Resource variable with `layout.size` entries.
+        mask: `uint8` vector of `layout.packed_bytes` bytes.
+        snapshot: What `remember_frozen` returned, or a vector of `layout.size`
+            entries to take the frozen ones from.
+        layout: How the bits spread over the variable.
+    """
+    if library := _library():
+        library.freezeops_restore_frozen(variable.handle, mask, snapshot, layout=list(layout))
+    else:
+        reference.restore_frozen(variable, mask, snapshot, layout)
+
+
+def _mask_gradient_gradient(op: tf.Operation, upstream: tf.Tensor) -> list[tf.Tensor | None]:
+    layout = Layout(*op.get_attr("layout"))
+    return [mask_gradient(upstream, op.inputs[1], layout), None]
+
+
+def _mask_slices_gradient(op: tf.Operation, upstream: tf.Tensor) -> list[tf.Tensor | None]:
+    layout = Layout(*op.get_attr("layout"))
+    masked = mask_slices(upstream, op.inputs[1], op.inputs[2], layout, op.get_attr("rows"))
+    return [masked, None, None]
+
+
+tf.RegisterGradient("Freezeops>MaskGradient")(_mask_gradient_gradient)
+tf.RegisterGradient("Freezeops>MaskSlices")(_mask_slices_gradient)
+tf.no_gradient("Freezeops>RememberFrozen")
+tf.no_gradient("Freezeops>RestoreFrozen")

@@ -1,0 +1,348 @@
+"""How one variable is split between frozen and trainable entries: one class per way.
+
+The interface is small: `inner_variable` is what the inner optimizer sees,
+`take(gradient)` is what it is given, `remember()` is called before it runs and
+`put_back(snapshot)` after. A snapshot is passed on, not stored, because the
+replicas of a distributed step share their partitions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from freezeops import layout as layouts
+from freezeops import ops, transforms
+from freezeops.keras_internals import Variable, components, dtype_name, variable_path
+from freezeops.layout import Layout
+from freezeops.mask import Mask
+
+Way = Literal["full", "permanent", "unmasked"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `choose` decided for one variable.
+
+    Attributes:
+        way: Which partition class.
+        layout: Layout of the mask variable; `None` where there is none.
+        mask: The first mask, in that layout; `None` where there is none.
+        reason: Why the variable can't be masked; empty where it can.
+    """
+
+    way: Way
+    layout: Layout | None = None
+    mask: Mask | None = None
+    reason: str = ""
+
+
+def choose(
+    variable: Variable,
+    mask: Mask | None,
+    permanent: bool = False,
+    maskable: str | None = None,
+    saved: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Chooses the way and the mask layout of a variable. Both stay from then on.
+
+    Args:
+        variable: The model's variable.
+        mask: What the rules make of it; `None` where no rule names it.
+        permanent: Whether a rule freezes it for good.
+        maskable: What the user asked to set aside: `"elements"`, `"rows"`,
+            `"columns"` or `"none"`; `None` where nothing was said.
+        saved: Way and layout from a saved config, which a file's masks will need.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        ValueError: If the mask needs more than can be set aside.
+    """
+    if permanent or (saved is not None and saved["way"] == "permanent" and mask is None):
+        return Plan("permanent")
+    dtype = dtype_name(variable)
+    if dtype not in ops.FLOAT_DTYPES:
+        if mask is not None and mask.count() != mask.size:
+            raise ValueError(
+                f"A mask must be for a variable of a dtype in {ops.FLOAT_DTYPES}. "
+                f"Received: variable {variable_path(variable)!r} of dtype={dtype}"
+            )
+        return Plan("unmasked", reason=f"dtype {dtype}")
+    if maskable == "none" or (maskable is None and saved is not None and saved["way"] == "unmasked"):
+        if mask is not None and mask.count() != mask.size:
+            raise ValueError(cannot_hold_message(variable, None))
+        return Plan("unmasked", reason="maskable='none'")
+    shape = tuple(variable.shape)
+    if maskable is not None:
+        layout = layouts.named(maskable, shape)
+    elif saved is not None and saved["way"] == "full":
+        layout = Layout(*saved["layout"])
+    elif mask is None or mask.layout.kept == 1:
+        layout = layouts.elementwise(shape)
+    else:
+        layout = mask.layout
+    if mask is None:
+        mask = Mask.trainable(shape)
+    return Plan("full", layout, fit(mask, layout, variable))
+
+
+def fit(mask: Mask, layout: Layout, variable: Variable) -> Mask:
+    """The mask in a variable's layout.
+
+    Raises:
+        ValueError: If the layout can't hold it; the message names `maskable`.
+    """
+    try:
+        return mask.with_layout(layout)
+    except ValueError:
+        raise ValueError(cannot_hold_message(variable, layout)) from None
+
+
+def cannot_hold_message(variable: Variable, layout: Layout | None) -> str:
+    """What to tell someone whose mask needs more bits than were set aside."""
+    path = variable_path(variable)
+    set_aside = "no bits" if layout is None else f"layout {tuple(layout)}"
+    return (
+        f"A mask must fit into what was set aside for its variable when the optimizer was built. "
+        f"Received: a mask of single entries for {path!r}, which has {set_aside}. Pass "
+        f"maskable={{{path!r}: 'elements'}} (or 'rows', 'columns') to MaskedOptimizer to set "
+        "more aside."
+    )
+
+
+class Partition(ABC):
+    """One variable, as the model and as the inner optimizer see it.
+
+    Args:
+        variable: The model's variable.
+    """
+
+    way: Way
+
+    def __init__(self, variable: Variable):
+        self.variable = variable
+        self.path = variable_path(variable)
+        self.size = int(tf.TensorShape(variable.shape).num_elements())
+
+    @property
+    def inner_variable(self) -> Variable | None:
+        """What the inner optimizer is built with; `None`: it never sees this variable."""
+        return self.variable
+
+    @abstractmethod
+    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        """What the inner optimizer is given for a gradient of the variable."""
+
+    def remember(self, rows: tf.Tensor | None = None) -> Any:
+        """Called before the inner optimizer runs.
+
+        Args:
+            rows: Indices of the only rows that can be written until `put_back`, where
+                that is known.
+
+        Returns:
+            Something opaque, for `put_back` alone.
+        """
+        return None
+
+    def clear_accumulator(self, accumulator: Variable) -> None:
+        """Sets the frozen entries of an accumulated gradient to zero."""
+
+    def put_back(self, snapshot: Any) -> None:
+        """Makes the frozen entries what they were when `snapshot` was taken."""
+
+    def put_into_average(self, average: Variable) -> None:
+        """Makes the frozen entries of a moving-average slot the variable's own."""
+
+    @property
+    @abstractmethod
+    def mask(self) -> Mask:
+        """The mask as it is now."""
+
+    @abstractmethod
+    def fit(self, mask: Mask) -> Mask:
+        """The mask as `assign` takes it.
+
+        Raises:
+            ValueError: If this variable can't take it.
+        """
+
+    def assign(self, mask: Mask) -> None:
+        """Sets a mask that `fit` returned; no retracing."""
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of the mask on the device."""
+        return 0
+
+    @property
+    def note(self) -> str:
+        """A word for people on why the way is what it is."""
+        return ""
+
+    def get_config(self) -> dict[str, Any]:
+        """Way and layout, serializable; no mask bits."""
+        return {"way": self.way}
+
+
+class _Snapshot(NamedTuple):
+    """What `FullPartition` remembers.
+
+    Attributes:
+        bits: The packed mask.
+        old: What `ops.remember_frozen` returned; or the old rows.
+        rows: Indices of the rows in `old`; `None` for the whole variable.
+    """
+
+    bits: tf.Tensor
+    old: tf.Tensor
+    rows: tf.Tensor | None = None
+
+
+class FullPartition(Partition):
+    """The inner optimizer has slots of the variable's shape; what it does to frozen entries is undone.
+
+    Args:
+        variable: The model's variable.
+        layout: Layout of the bits.
+        bits: `uint8` variable of the packed mask.
+    """
+
+    way = "full"
+
+    def __init__(self, variable: Variable, layout: Layout, bits: keras.Variable):
+        super().__init__(variable)
+        self.layout = layout
+        self.bits = bits
+
+    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        if not isinstance(gradient, tf.IndexedSlices):
+            gradient = tf.convert_to_tensor(gradient)
+        shape = transforms.dense_shape(gradient)
+        if not shape.is_compatible_with(self.variable.shape):
+            raise ValueError(
+                "A gradient must have the shape of its variable. Received: gradient of shape "
+                f"{shape} for {self.path!r} of shape {tuple(self.variable.shape)}"
+            )
+        bits = tf.convert_to_tensor(self.bits.value)
+        return transforms.mask_with_bits(gradient, bits, self.layout)
+
+    def remember(self, rows: tf.Tensor | None = None) -> list[_Snapshot]:
+        # With the bits of this moment: another thread may change the mask in mid-step.
+        snapshots = []
+        for variable, bits in self._components(self.variable):
+            old = ops.remember_frozen(variable, bits, self.layout) if rows is None else variable.sparse_read(rows)
+            snapshots.append(_Snapshot(bits, old, rows))
+        return snapshots
+
+    def put_back(self, snapshot: list[_Snapshot]) -> None:
+        variables = components(self.variable)
+        for variable, (bits, old, rows) in zip(variables, snapshot, strict=True):
+            if rows is None:
+                ops.restore_frozen(variable, bits, old, self.layout)
+            else:
+                new = variable.sparse_read(rows)
+                merged = ops.merge_slices(new, old, rows, bits, self.layout, variable.shape[0])
+                variable.scatter_update(tf.IndexedSlices(merged, rows))
+
+    def put_into_average(self, average: Variable) -> None:
+        variables = components(self.variable)
+        for (slot, bits), variable in zip(self._components(average), variables, strict=True):
+            own = tf.reshape(variable.read_value(), [self.size])
+            ops.restore_frozen(slot, bits, own, self.layout)
+
+    def clear_accumulator(self, accumulator: Variable) -> None:
+        for slot, bits in self._components(accumulator):
+            slot.assign(ops.mask_gradient(slot.read_value(), bits, self.layout))
+
+    def _components(self, variable: Variable) -> list[tuple[tf.Variable, tf.Tensor]]:
+        """The copies of a variable that this context holds, each with the bits beside it."""
+        bits = [tf.convert_to_tensor(copy) for copy in components(self.bits)]
+        return list(zip(components(variable), bits, strict=True))
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(tuple(self.variable.shape), self.layout, self.bits.numpy())
+
+    def fit(self, mask: Mask) -> Mask:
+        return fit(mask, self.layout, self.variable)
+
+    def assign(self, mask: Mask) -> None:
+        self.bits.assign(mask.packed)
+
+    @property
+    def mask_bytes(self) -> int:
+        return self.layout.packed_bytes
+
+    def get_config(self) -> dict[str, Any]:
+        return {"way": self.way, "layout": list(self.layout)}
+
+
+class PermanentPartition(Partition):
+    """The inner optimizer never sees the variable: no slots, no cost, no way back."""
+
+    way = "permanent"
+
+    @property
+    def inner_variable(self) -> None:
+        return None
+
+    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        if isinstance(gradient, tf.IndexedSlices):
+            values = tf.zeros_like(gradient.values)
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return tf.zeros_like(gradient)
+
+    @property
+    def mask(self) -> Mask:
+        return Mask.frozen(tuple(self.variable.shape))
+
+    def fit(self, mask: Mask) -> Mask:
+        if mask.count():
+            raise ValueError(
+                "A variable that was frozen with `permanent=True` must stay frozen: the inner "
+                f"optimizer has no slots for it. Received: {self.path!r} with {mask.count()} "
+                "trainable entries"
+            )
+        return mask
+
+
+class UnmaskedPartition(Partition):
+    """The variable trains as without freezeops: no bits were set aside for it.
+
+    Args:
+        variable: The model's variable.
+        reason: Why, for `summary()`.
+    """
+
+    way = "unmasked"
+
+    def __init__(self, variable: Variable, reason: str):
+        super().__init__(variable)
+        self._reason = reason
+
+    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        return gradient
+
+    @property
+    def mask(self) -> Mask:
+        return Mask.trainable(tuple(self.variable.shape))
+
+    def fit(self, mask: Mask) -> Mask:
+        if mask.count() != mask.size:
+            if not tf.as_dtype(self.variable.dtype).is_floating:
+                raise ValueError(
+                    "A mask must be for a variable of a floating dtype. "
+                    f"Received: variable {self.path!r} of dtype={dtype_name(self.variable)}"
+                )
+            raise ValueError(cannot_hold_message(self.variable, None))
+        return mask
+
+    @property
+    def note(self) -> str:
+        return self._reason

@@ -1,0 +1,161 @@
+"""The pure-TensorFlow (and NumPy) twins of the native ops: the specification, and the fallback.
+
+Nothing here depends on a compiled library. Entries are selected as integers of
+the entry's width: a float select may change the payload of a NaN (XLA turns the
+bfloat16 NaN 0x7f81 into 0x7fc0), and arithmetic would flush subnormals.
+
+All functions take a packed mask (`uint8` vector, little bit order, 1 = trainable)
+and its layout `(outer, kept, inner)`.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from freezeops.layout import Layout
+
+
+def integers_like(dtype: tf.DType) -> tf.DType:
+    """The signed integers as wide as a floating dtype."""
+    return {2: tf.int16, 4: tf.int32, 8: tf.int64}[dtype.size]
+
+
+def pack_bits(array: np.ndarray) -> np.ndarray:
+    """Booleans to packed bits, in row-major order."""
+    return np.packbits(np.ascontiguousarray(array, dtype=bool).reshape(-1), bitorder="little")
+
+
+def unpack_bits(packed: np.ndarray, size: int) -> np.ndarray:
+    """The first `size` packed bits as booleans."""
+    return np.unpackbits(packed, count=size, bitorder="little").view(bool)
+
+
+def count_bits(packed: np.ndarray, size: int) -> int:
+    """How many of the first `size` packed bits are 1."""
+    return int(np.count_nonzero(unpack_bits(packed, size)))
+
+
+def bit_indices(packed: np.ndarray, size: int) -> np.ndarray:
+    """Positions of the ones among the first `size` packed bits, as `int64`."""
+    return np.flatnonzero(unpack_bits(packed, size)).astype(np.int64)
+
+
+def _unpack(mask: tf.Tensor, kept: int) -> tf.Tensor:
+    """Packed bits to a boolean tensor of shape `[kept]`."""
+    shifts = tf.range(8, dtype=tf.int32)
+    bits = tf.bitwise.right_shift(tf.cast(mask, tf.int32)[:, None], shifts[None, :])
+    return tf.cast(tf.reshape(bits & 1, [-1])[:kept], tf.bool)
+
+
+def expand_mask(mask: tf.Tensor, layout: Layout) -> tf.Tensor:
+    """Packed bits to a boolean tensor of shape `[outer * kept * inner]`."""
+    outer, kept, inner = layout
+    bits = tf.reshape(_unpack(mask, kept), [1, kept, 1])
+    return tf.reshape(tf.broadcast_to(bits, [outer, kept, inner]), [outer * kept * inner])
+
+
+def _select(condition: tf.Tensor, passing: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """`tf.where` on the bits of floats."""
+    dtype = passing.dtype
+    integer = integers_like(dtype)
+    chosen = tf.where(condition, tf.bitcast(passing, integer), tf.bitcast(other, integer))
+    return tf.bitcast(chosen, dtype)
+
+
+def _linear(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Makes a masking its own gradient, any number of times: it is linear and symmetric."""
+
+    @tf.custom_gradient
+    def differentiable(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        return function(x), differentiable
+
+    return differentiable
+
+
+def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
+    """The gradient where the mask's bit is 1, and +0.0 where it is 0. Differentiable."""
+
+    def masked(gradient: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(gradient, [layout.size])
+        selected = _select(expand_mask(mask, layout), flat, tf.zeros_like(flat))
+        return tf.reshape(selected, tf.shape(gradient))
+
+    return _linear(masked)(gradient)
+
+
+def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: Layout, rows: int) -> tf.Tensor:
+    """Masks rows of a tensor that `indices` name, given as in `tf.IndexedSlices`.
+
+    Args:
+        values: Float tensor of shape `[k, ...]`.
+        indices: Integer vector of length `k`: which row of the dense tensor each is.
+        mask: Packed bits of the dense tensor.
+        layout: Its layout.
+        rows: Number of rows of the dense tensor.
+
+    Returns:
+        A tensor of the shape of `values`, +0.0 where the dense tensor is frozen.
+        Differentiable with respect to `values`.
+
+    Raises:
+        tf.errors.InvalidArgumentError: If an index is not a row (outside of XLA,
+            which has no errors at run time).
+    """
+    width = layout.size // rows if rows else 0
+    row = tf.cast(indices, tf.int64)
+    in_range = tf.debugging.Assert(
+        tf.reduce_all((row >= 0) & (row < rows)),
+        [f"`indices` must be rows from 0 to {rows - 1}. Received: indices=", row],
+    )
+    with tf.control_dependencies([] if in_range is None else [in_range]):
+        row = tf.identity(row)
+    columns = tf.range(width, dtype=tf.int64)
+    entry = row[:, None] * width + columns[None, :]
+    bit = (entry // max(layout.inner, 1)) % max(layout.kept, 1)
+    byte = tf.cast(tf.gather(mask, bit // 8), tf.int32)
+    passing = tf.cast(
+        tf.bitwise.right_shift(byte, tf.cast(bit % 8, tf.int32)) & 1,
+        tf.bool,
+    )
+
+    def masked(values: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(values, [tf.size(row), width])
+        return tf.reshape(_select(passing, flat, tf.zeros_like(flat)), tf.shape(values))
+
+    return _linear(masked)(values)
+
+
+def remember_frozen(variable: tf.Variable, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
+    """What `restore_frozen` needs to bring the frozen entries back.
+
+    Returns:
+        An opaque vector. Here always the whole value, flattened; the native op
+        may return the frozen entries alone, in order.
+    """
+    del mask
+    return tf.reshape(variable.read_value(), [layout.size])
+
+
+def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, layout: Layout) -> None:
+    """Writes the frozen entries of a variable back from a snapshot of either form."""
+    passing = expand_mask(mask, layout)
+    value = variable.read_value()
+    flat = tf.reshape(value, [layout.size])
+    if snapshot.shape.rank == 1 and snapshot.shape[0] == layout.size:
+        old = snapshot
+    else:
+        old = tf.cond(
+            tf.equal(tf.size(snapshot), layout.size),
+            lambda: tf.reshape(snapshot, [layout.size]),
+            lambda: _scatter_frozen(flat, passing, snapshot),
+        )
+    restored = tf.reshape(_select(passing, flat, old), tf.shape(value))
+    variable.assign(restored)
+
+
+def _scatter_frozen(flat: tf.Tensor, passing: tf.Tensor, frozen: tf.Tensor) -> tf.Tensor:
+    """The frozen values, put at their positions in a tensor of the full length."""
+    integer = integers_like(flat.dtype)
+    scattered = tf.tensor_scatter_nd_update(tf.bitcast(flat, integer), tf.where(~passing), tf.bitcast(frozen, integer))
+    return tf.bitcast(scattered, flat.dtype)

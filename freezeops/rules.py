@@ -1,0 +1,345 @@
+"""Rules: what users say about masks, and how it finds its variables.
+
+A rule is a target (variables, layers or a path pattern), an action and the entries
+that it names. Rules given before the optimizer is built wait here until the
+variables are known; later ones are carried out at once.
+"""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from freezeops.keras_internals import (
+    Variable,
+    is_variable,
+    moving_state,
+    variable_key,
+    variable_path,
+)
+from freezeops.layout import Shape
+from freezeops.mask import Mask, check_broadcast, check_indices
+
+Action = Literal["register_mask", "freeze", "unfreeze", "train_only"]
+
+
+@dataclass(frozen=True)
+class ExactPath:
+    """A target: the one variable of this whole path."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One call of `register_mask`, `freeze`, `unfreeze` or `train_only`.
+
+    Attributes:
+        action: The call's name.
+        target: Variables, layers, a pattern, or a list of those.
+        entries: The mask for `register_mask`; otherwise what the verb acts on, as
+            an array, index expression or `None` for every entry.
+        permanent: Whether `freeze` leaves the variable out of the inner optimizer.
+    """
+
+    action: Action
+    target: Any
+    entries: Any = None
+    permanent: bool = False
+
+    def __post_init__(self) -> None:
+        # Copies: later changes of the user's own lists and arrays do not reach a rule that waits.
+        object.__setattr__(self, "target", tuple(flatten_target(self.target)))
+        object.__setattr__(self, "entries", _copied(self.entries))
+
+    def apply_to(self, mask: Mask) -> Mask:
+        """The mask after this rule."""
+        if self.action == "register_mask":
+            return Mask.from_array(self.entries, mask.shape)
+        entries = named_entries(self.entries, mask.shape)
+        if self.action == "freeze":
+            return mask & ~entries
+        if self.action == "unfreeze":
+            return mask | entries
+        return entries
+
+
+def named_entries(where: Any, shape: Shape) -> Mask:
+    """The entries that `where` names, as a mask that is True there.
+
+    Args:
+        where: `None` for all; a boolean array (axes of length 1 broadcast, a scalar
+            stands for all); an index expression (a slice, or a tuple as `np.s_`
+            makes it); or integer indices along the first axis.
+        shape: Shape of the variable.
+
+    Returns:
+        A `Mask`; with one bit per row or column where no more is needed.
+
+    Raises:
+        TypeError: If `where` is a `Mask`, or neither boolean, integer nor an index.
+        ValueError: If a boolean array does not fit the shape.
+        IndexError: If an index is outside of the variable.
+    """
+    if isinstance(where, Mask):
+        raise TypeError(
+            "`where` must name the entries to act on: a boolean array, an index expression or "
+            "integer indices. Received: an fz.Mask, whose True means trainable. Use "
+            "`register_mask(target, mask)`, or pass `mask.to_numpy()` to act where it is True."
+        )
+    if where is None:
+        return Mask.trainable(shape)
+    if where is Ellipsis or isinstance(where, slice | tuple):
+        return _indexed(where if isinstance(where, tuple) else (where,), shape)
+    array = np.asarray(where)
+    if array.dtype == np.bool_:
+        check_broadcast(array.shape, shape, "where")
+        return Mask.from_array(array, shape)
+    if not shape:
+        raise IndexError(
+            f"`where` must be booleans for a scalar variable, which has no axis to index. Received: where={where!r}"
+        )
+    return Mask.rows(shape, check_indices(array, shape[0], "where"))
+
+
+def _indexed(index: tuple, shape: Shape) -> Mask:
+    """The entries of an index expression, on an array with length 1 along whole axes."""
+    small = list(shape)
+    if not any(part is None or _is_boolean(part) for part in index):
+        # Each part stands for one axis, so whole axes can be told and left out.
+        index = _without_ellipsis(index, len(shape))
+        for axis, size in enumerate(shape):
+            whole = axis >= len(index) or _is_whole(index[axis])
+            small[axis] = min(size, 1) if whole else size
+    flags = np.zeros(small, bool)
+    try:
+        flags[index] = True
+    except (IndexError, TypeError, ValueError) as error:
+        raise IndexError(
+            f"`where` must be a valid index of a variable of shape {shape}. Received: where={index}: {error}"
+        ) from None
+    return Mask.from_array(flags, shape)
+
+
+def _is_boolean(part: Any) -> bool:
+    return not isinstance(part, slice) and np.asarray(part).dtype == np.bool_
+
+
+def _is_whole(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
+def _without_ellipsis(index: tuple, rank: int) -> tuple:
+    """The index with a single `...` written out."""
+    positions = [i for i, part in enumerate(index) if part is Ellipsis]
+    if len(positions) != 1:
+        return index
+    at = positions[0]
+    missing = max(rank - (len(index) - 1), 0)
+    return index[:at] + (slice(None),) * missing + index[at + 1 :]
+
+
+def _copied(entries: Any) -> Any:
+    if entries is None or entries is Ellipsis or isinstance(entries, Mask | slice):
+        return entries
+    if isinstance(entries, tuple):
+        return tuple(_copied(part) for part in entries)
+    return np.array(entries)
+
+
+def check_before_build(rule: Rule) -> None:
+    """Raises what can be known to be wrong before the variables are known."""
+    if not isinstance(rule.entries, Mask) and rule.action == "register_mask":
+        Mask.from_array(rule.entries)
+    for target in rule.target:
+        if is_variable(target):
+            check_maskable_dtype(target)
+            rule.apply_to(Mask.trainable(target.shape))
+        elif isinstance(target, str):
+            _compile(target)
+    if isinstance(rule.entries, Mask) and rule.action != "register_mask":
+        named_entries(rule.entries, rule.entries.shape)
+
+
+def check_maskable_dtype(variable: Variable) -> None:
+    """Raises unless the variable is of a floating dtype."""
+    dtype = tf.as_dtype(variable.dtype)
+    if not dtype.is_floating:
+        raise ValueError(
+            "A mask must be for a variable of a floating dtype. "
+            f"Received: variable {variable_path(variable)!r} of dtype={dtype.name}"
+        )
+
+
+def flatten_target(target: Any) -> list[Any]:
+    """Variables, layers and patterns out of a target or nested lists of them.
+
+    Raises:
+        TypeError: If something else is among them.
+    """
+    if isinstance(target, str | ExactPath) or is_variable(target) or hasattr(target, "trainable_variables"):
+        return [target]
+    if isinstance(target, list | tuple | set | frozenset) or (
+        isinstance(target, Iterable) and not isinstance(target, dict | np.ndarray | tf.Tensor)
+    ):
+        return [part for item in target for part in flatten_target(item)]
+    raise TypeError(
+        "`target` must be a variable, a layer, a model, a path pattern (str) or a list of those. "
+        f"Received: target={target!r} of type {type(target).__name__}"
+    )
+
+
+def warn_of_moving_state(rule: Rule) -> None:
+    """Warns where a frozen layer has state that its forward pass goes on changing."""
+    paths = [path for part in rule.target if isinstance(part, keras.Layer) for path in moving_state(part)]
+    if paths:
+        warnings.warn(
+            "Freezing a layer freezes its trainable variables. This state still moves in the "
+            f"forward pass: {paths}. Set `layer.trainable = False` to stop it.",
+            stacklevel=4,
+        )
+
+
+class VariableIndex:
+    """The variables that an optimizer knows, to be found by identity or by path.
+
+    Args:
+        variables: Keras or TensorFlow variables, in order.
+    """
+
+    def __init__(self, variables: Sequence[Variable]):
+        self.variables = list(variables)
+        self.paths = [variable_path(variable) for variable in self.variables]
+        self._positions = {variable_key(v): i for i, v in enumerate(self.variables)}
+
+    def position(self, variable: Variable) -> int:
+        """Position of a variable.
+
+        Raises:
+            TypeError: If it is no variable.
+            ValueError: If the optimizer does not know it.
+        """
+        _check_is_variable(variable)
+        position = self._positions.get(variable_key(variable))
+        if position is None:
+            path = variable_path(variable)
+            raise ValueError(
+                "A variable must be one of those that the optimizer was built with. Received: "
+                f"variable {path!r} of shape {tuple(variable.shape)}.{self._nearest(path)}"
+            )
+        return position
+
+    def find(self, target: Any) -> list[int]:
+        """Positions of the variables that a target stands for, in the order of their naming.
+
+        Raises:
+            TypeError: If the target is of no known kind.
+            ValueError: If a variable is unknown, a layer not built, a pattern matches
+                nothing, or a plain name fits two variables.
+        """
+        found: dict[int, None] = {}
+        for part in flatten_target(target):
+            if isinstance(part, ExactPath):
+                positions = [i for i, path in enumerate(self.paths) if path == part.path]
+                if len(positions) != 1:
+                    raise ValueError(
+                        "A path must be that of one variable. Received: "
+                        f"{part.path!r}, which matches {len(positions) or 'nothing'}.{self._nearest(part.path)}"
+                    )
+            elif isinstance(part, str):
+                positions = self._match(part)
+            elif is_variable(part):
+                positions = [self.position(part)]
+            else:
+                positions = [self.position(v) for v in layer_variables(part)]
+            found.update(dict.fromkeys(positions))
+        return list(found)
+
+    def _match(self, pattern: str) -> list[int]:
+        positions = [i for i, path in enumerate(self.paths) if path_matches(pattern, path)]
+        if not positions:
+            raise ValueError(
+                "A path pattern must match a variable's whole path, or its tail after a '/'. "
+                f"Received: {pattern!r}, which matches nothing.{self._nearest(pattern)}"
+            )
+        if len(positions) > 1 and all(f"/{self.paths[i]}".endswith(f"/{pattern}") for i in positions):
+            # No part of it was needed as a pattern: it is a name, and names mean one variable.
+            exact = [i for i in positions if self.paths[i] == pattern]
+            if len(exact) == 1:
+                return exact
+            raise ValueError(
+                "A plain name must fit one variable. Received: "
+                f"{pattern!r}, which fits {[self.paths[i] for i in positions]}. Write more of the "
+                f"path, or a pattern such as '.*{pattern}' to mean all of them."
+            )
+        return positions
+
+    def _nearest(self, text: str) -> str:
+        paths = list(dict.fromkeys(self.paths))
+        near = difflib.get_close_matches(text, paths, n=5, cutoff=0.4) or paths[:5]
+        return f" The nearest paths: {near}" if near else " The optimizer has no variables."
+
+
+def _check_is_variable(variable: Any) -> None:
+    if not is_variable(variable):
+        raise TypeError(
+            "A variable must be a keras.Variable or a tf.Variable. "
+            f"Received: {variable!r} of type {type(variable).__name__}"
+        )
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"A path pattern must be a regular expression. Received: {pattern!r}: {error}") from None
+
+
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a pattern matches a whole path, or its tail after some `/`."""
+    compiled = _compile(pattern)
+    parts = path.split("/")
+    return any(compiled.fullmatch("/".join(parts[i:])) for i in range(len(parts)))
+
+
+def layer_variables(layer: Any) -> list[Variable]:
+    """The trainable variables of a layer, model or module.
+
+    Raises:
+        ValueError: If a Keras layer has not been built and so has none yet.
+    """
+    variables = list(layer.trainable_variables)
+    if not variables and isinstance(layer, keras.Layer) and not layer.built:
+        raise ValueError(
+            "A layer must have been built before its variables can be found. "
+            f"Received: layer {layer.name!r} without variables. Build the model first, "
+            "or name the variables by a pattern before the optimizer is built."
+        )
+    return variables
+
+
+def mask_before_build(variable: Variable, rules: Sequence[Rule]) -> Mask:
+    """What the rules so far make of one variable, their patterns matched against it alone."""
+    _check_is_variable(variable)
+    mask = Mask.trainable(variable.shape)
+    key, path = variable_key(variable), variable_path(variable)
+    for rule in rules:
+        if any(_names(part, key, path) for part in rule.target):
+            mask = rule.apply_to(mask)
+    return mask
+
+
+def _names(target: Any, key: str, path: str) -> bool:
+    if isinstance(target, ExactPath):
+        return target.path == path
+    if isinstance(target, str):
+        return path_matches(target, path)
+    if is_variable(target):
+        return variable_key(target) == key
+    return any(variable_key(v) == key for v in target.trainable_variables)

@@ -1,0 +1,176 @@
+"""Functions for people with their own training loop."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import tensorflow as tf
+
+from freezeops import ops
+from freezeops.layout import Layout
+from freezeops.mask import Mask
+
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
+
+
+def mask_with_bits(gradient: Gradient, bits: tf.Tensor, layout: Layout) -> Gradient:
+    """Masks a dense or sparse gradient with packed bits, keeping its kind.
+
+    Args:
+        gradient: Tensor with `layout.size` entries, or `tf.IndexedSlices` of one.
+        bits: `uint8` vector of `layout.packed_bytes` bytes.
+        layout: How the bits spread over the dense tensor.
+
+    Returns:
+        The gradient with +0.0 in the frozen entries; `tf.IndexedSlices` stay
+        that, with the same indices.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return ops.mask_gradient(tf.convert_to_tensor(gradient), bits, layout)
+    shape = dense_shape(gradient)
+    row_size = shape[1:].num_elements()
+    if shape.rank and shape[0] is not None:
+        rows = shape[0]
+    elif row_size:
+        rows = layout.size // row_size
+    else:
+        raise ValueError(
+            "`gradient` must have a static `dense_shape`, or values of a static row shape. "
+            f"Received: gradient={gradient}"
+        )
+    masked = ops.mask_slices(tf.convert_to_tensor(gradient.values), gradient.indices, bits, layout, rows)
+    return tf.IndexedSlices(masked, gradient.indices, gradient.dense_shape)
+
+
+@tf.autograph.experimental.do_not_convert
+def mask_gradient(gradient: Gradient, mask: Any) -> Gradient:
+    """A gradient with the entries of a mask's frozen side set to +0.0.
+
+    Entries are selected, never multiplied: a NaN or infinity under a frozen entry
+    is gone, and passing entries keep their bits.
+
+    Args:
+        gradient: Float tensor, or `tf.IndexedSlices` (never made dense).
+        mask: `fz.Mask`, or array-like of booleans that broadcasts along axes of
+            length 1. True = trainable: the gradient passes.
+
+    Returns:
+        A gradient of the same kind, shape and dtype.
+
+    Raises:
+        TypeError: If `gradient` is not floating or `mask` not boolean.
+        ValueError: If the mask does not fit the gradient.
+
+    Example:
+
+    >>> fz.mask_gradient(tf.constant([1.0, float("nan")]), [True, False])
+    <tf.Tensor: shape=(2,), dtype=float32, numpy=array([1., 0.], dtype=float32)>
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        gradient = tf.convert_to_tensor(gradient)
+    _check_float(gradient.dtype, "gradient")
+    mask = _as_mask(mask, dense_shape(gradient))
+    return mask_with_bits(gradient, tf.constant(mask.packed), mask.layout)
+
+
+@tf.autograph.experimental.do_not_convert
+def mask_gradients(gradients: Sequence[Gradient | None], masks: Sequence[Any]) -> list[Gradient | None]:
+    """`mask_gradient` over two lists.
+
+    Args:
+        gradients: Gradients; `None` stays `None`.
+        masks: One mask per gradient, True = trainable; `None` lets the gradient pass.
+
+    Returns:
+        A list of gradients.
+
+    Raises:
+        ValueError: If the lists differ in length.
+    """
+    gradients, masks = list(gradients), list(masks)
+    if len(gradients) != len(masks):
+        raise ValueError(
+            "`masks` must have one mask, or None, per gradient. "
+            f"Received: {len(gradients)} gradients and {len(masks)} masks"
+        )
+    return [
+        gradient if gradient is None or mask is None else mask_gradient(gradient, mask)
+        for gradient, mask in zip(gradients, masks, strict=True)
+    ]
+
+
+@tf.autograph.experimental.do_not_convert
+def partial_stop_gradient(x: tf.Tensor, mask: Any) -> tf.Tensor:
+    """Identity forward; backward, the gradient passes only where the mask is True.
+
+    Like `tf.stop_gradient`, for single entries. Differentiable twice.
+
+    Args:
+        x: Float tensor or variable.
+        mask: `fz.Mask`, or array-like of booleans that broadcasts along axes of
+            length 1. True = trainable: the gradient passes.
+
+    Returns:
+        A tensor equal to `x`, bit for bit.
+
+    Raises:
+        TypeError: If `x` is not floating or `mask` not boolean.
+        ValueError: If the mask does not fit `x`.
+    """
+    x = tf.convert_to_tensor(x)
+    _check_float(x.dtype, "x")
+    mask = _as_mask(mask, x.shape)
+    layout = mask.layout
+    bits = tf.constant(mask.packed)
+
+    @tf.custom_gradient
+    def identity(x: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        return tf.identity(x), lambda upstream: mask_with_bits(upstream, bits, layout)
+
+    return identity(x)
+
+
+def _check_float(dtype: tf.DType, name: str) -> None:
+    if dtype.name not in ops.FLOAT_DTYPES:
+        raise TypeError(
+            f"`{name}` must be of a dtype in {', '.join(ops.FLOAT_DTYPES)}. Received: {name} of dtype={dtype.name}"
+        )
+
+
+def dense_shape(gradient: Gradient) -> tf.TensorShape:
+    """The static shape of a gradient; of the dense tensor that `tf.IndexedSlices` stand for.
+
+    Raises:
+        ValueError: If the values of `tf.IndexedSlices` are no rows of their `dense_shape`.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient.shape
+    given = gradient.dense_shape  # a tensor, or what the user wrote
+    shape = tf.TensorShape(tf.get_static_value(given) if tf.is_tensor(given) else given)
+    values = tf.TensorShape(gradient.values.shape)
+    rows = tf.TensorShape(None) if values.rank is None else tf.TensorShape([None, *values[1:]])
+    if not shape.is_compatible_with(rows):
+        raise ValueError(
+            "`gradient` must have values that are rows of its `dense_shape`. "
+            f"Received: values of shape {values}, dense_shape={shape}"
+        )
+    return shape.merge_with(rows)
+
+
+def _as_mask(mask: Any, shape: tf.TensorShape) -> Mask:
+    """A `Mask` of the given shape, which only a `Mask` may leave partly unknown."""
+    if tf.is_tensor(mask) and tf.get_static_value(mask) is None:
+        raise ValueError(
+            f"`mask` must be known when the function is traced: an `fz.Mask` or an array. Received: mask={mask}"
+        )
+    if isinstance(mask, Mask):
+        if not shape.is_compatible_with(mask.shape):
+            raise ValueError(
+                f"`mask` must have the shape of what it masks. Received: mask.shape={mask.shape}, shape={shape}"
+            )
+        return mask
+    if not shape.is_fully_defined():
+        raise ValueError(
+            "`mask` must be an `fz.Mask` where the shape it masks is not fully known. "
+            f"Received: shape={shape}, mask={mask!r}"
+        )
+    return Mask.from_array(mask, shape.as_list())

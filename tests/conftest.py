@@ -1,0 +1,32 @@
+"""Fixtures that every test can use."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+import tensorflow as tf
+
+from freezeops import _native
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request, monkeypatch):
+    """Runs a test on the compiled ops and on their pure-TensorFlow twins."""
+    if request.param == "reference":
+        monkeypatch.setenv("FREEZEOPS_BACKEND", "reference")
+    else:
+        monkeypatch.delenv("FREEZEOPS_BACKEND", raising=False)
+        if _native.op_library() is None:
+            pytest.skip("no native library for this TensorFlow: nothing to compare with")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def clean_keras():
+    """Names counted from zero and the same random numbers in every test."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1)
+    yield
+    tf.config.run_functions_eagerly(False)

@@ -1,0 +1,177 @@
+"""Cases of `test_distribute.py`; each needs a process whose devices were set up before use.
+
+Usage: python distribute_script.py CASE
+"""
+
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+from common import SETUPS, assert_same_bits
+
+import freezeops as fz
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 6)).astype("float32")
+Y = RNG.normal(size=(64, 3)).astype("float32")
+MASK = RNG.random((6, 12)) < 0.5
+
+
+def make_model():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(12, activation="tanh", name="body"), keras.layers.Dense(3, name="head")]
+    )
+
+
+def copies(variable):
+    """The value in each replica."""
+    return [copy.numpy() for copy in variable.value.values]
+
+
+def check(variable, before, mask, moves=True):
+    first, *others = copies(variable)
+    for other in others:
+        assert_same_bits(other, first, "replicas differ")
+    assert_same_bits(first[~mask], before[~mask], "frozen entries moved")
+    if moves:
+        assert (first[mask] != before[mask]).all(), "trainable entries did not move"
+
+
+def in_replicas(step):
+    """One step in a `tf.function`, in every replica."""
+    tf.function(lambda: strategy.run(step), autograph=False)()
+
+
+def loop(inner, jit_compile=False, steps=4, during=None):
+    """A custom loop; returns the kernel, its first value and the optimizer."""
+    with strategy.scope():
+        model = make_model()
+        optimizer = fz.MaskedOptimizer(inner(), masks={"body/kernel": MASK})
+        optimizer.build(model.trainable_variables)
+    kernel = model.get_layer("body").kernel
+    before = copies(kernel)[0]
+
+    def replica_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((model(x) - y) ** 2) / len(X)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+
+    @tf.function(jit_compile=jit_compile)
+    def step(x, y):
+        strategy.run(replica_step, args=(x, y))
+
+    data = strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices((X, Y)).batch(64).repeat(steps))
+    for i, (x, y) in enumerate(data):
+        step(x, y)
+        if during:
+            during(i, optimizer, kernel)
+    return kernel, before, optimizer
+
+
+def case_loop():
+    for name, setup in SETUPS.items():
+        kernel, before, optimizer = loop(lambda setup=setup: setup(weight_decay=0.01))
+        check(kernel, before, MASK)
+        assert int(optimizer.iterations.numpy()) == 4, name
+
+
+def case_one_device():
+    """Trainable entries as in a run on one device with the same global batch."""
+    kernel, _, _ = loop(SETUPS["Adam"])
+    model = make_model()
+    optimizer = fz.MaskedOptimizer(SETUPS["Adam"](), masks={"body/kernel": MASK})
+    for _ in range(4):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((model(X) - Y) ** 2) / len(X)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+    np.testing.assert_allclose(copies(kernel)[0], model.get_layer("body").kernel.numpy(), atol=2e-5)
+
+
+def case_fit():
+    for setup in ("SGD momentum", "AdamW", "Muon"):
+        with strategy.scope():
+            model = make_model()
+            optimizer = fz.MaskedOptimizer(SETUPS[setup](), masks={"body/kernel": MASK})
+            model.compile(optimizer, "mse", jit_compile=False)
+        kernel = model.get_layer("body").kernel
+        before = copies(kernel)[0]
+        model.fit(X, Y, batch_size=16, epochs=2, verbose=0)
+        check(kernel, before, MASK)
+
+
+def case_change_masks():
+    other = RNG.random(MASK.shape) < 0.5
+    seen = []
+
+    def during(i, optimizer, kernel):
+        seen.append(copies(kernel))
+        if i == 1:
+            optimizer.register_mask(kernel, other)
+            assert optimizer.mask_for(kernel) == fz.Mask.from_array(other)
+
+    kernel, _, _ = loop(SETUPS["AdamW"], during=during)
+    check(kernel, seen[1][0], other)
+
+
+def case_ema():
+    # Without `ema_overwrite_frequency`, which Keras 3.15 cannot do here: it merges replicas inside of a condition.
+    kernel, before, optimizer = loop(lambda: keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.7))
+    check(kernel, before, MASK)
+    average = optimizer.inner_optimizer._model_variables_moving_average[0]
+    check(average, before, MASK)
+    optimizer.finalize_variable_values(optimizer._trainable_variables)
+    check(kernel, before, MASK)
+
+
+def case_loss_scale():
+    for around in (False, True):
+        with strategy.scope():
+            table = keras.Variable(np.ones((4, 3), "float32"), name="table")
+            mask = np.eye(4, 3, dtype=bool)
+            scaler = keras.optimizers.LossScaleOptimizer
+            if around:
+                masked = fz.MaskedOptimizer(keras.optimizers.SGD(0.5), masks={"table": mask})
+                outer = scale = scaler(masked, initial_scale=2.0)
+            else:
+                scale = scaler(keras.optimizers.SGD(0.5), initial_scale=2.0)
+                outer = masked = fz.MaskedOptimizer(scale, masks={"table": mask})
+            outer.build([table])
+        gradient = tf.constant(np.where(mask, np.float32(1), np.float32(np.nan)))
+        in_replicas(lambda outer=outer, table=table, gradient=gradient: outer.apply([gradient], [table]))
+        check(table, np.ones((4, 3), "float32"), mask)
+        assert float(scale.dynamic_scale.value.values[0]) == 2.0
+        assert int(masked.iterations.numpy()) == 1
+
+
+def case_sparse():
+    for inner in (SETUPS["SGD"], SETUPS["Adam"]):
+        with strategy.scope():
+            before = RNG.normal(size=(20, 3)).astype("float32")
+            before[:10] = -0.0
+            table = keras.Variable(before, name="table")
+            optimizer = fz.MaskedOptimizer(inner())
+            optimizer.freeze(table, np.s_[:10])
+            optimizer.build([table])
+
+        def replica_step(optimizer=optimizer, table=table):
+            # Each replica names rows of its own; all are written in both.
+            index = tf.distribute.get_replica_context().replica_id_in_sync_group
+            rows = tf.range(10) * 2 + index
+            slices = tf.IndexedSlices(tf.ones((10, 3)), rows, tf.constant([20, 3]))
+            optimizer.apply([slices], [table])
+
+        in_replicas(replica_step)
+        mask = np.broadcast_to(np.arange(20)[:, None] >= 10, (20, 3))
+        check(table, before, mask)
+
+
+if __name__ == "__main__":
+    globals()[f"case_{sys.argv[1]}"]()
+    print(f"{sys.argv[1]} passed")

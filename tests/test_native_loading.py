@@ -1,0 +1,198 @@
+"""The loader: what it refuses, what it says, and what it loads."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+from freezeops import _native
+from freezeops._version import __version__
+
+RUNNING = tf.__version__
+MINOR = ".".join(RUNNING.split(".")[:2])
+LIBRARY_NAME = f"libfreezeops_tf{MINOR.replace('.', '_')}.so"
+BUILT = Path(_native.__file__).parent / LIBRARY_NAME
+REMEDY = "pip install --no-deps --force-reinstall ."
+
+
+@pytest.fixture
+def loader(tmp_path, monkeypatch):
+    """A loader with nothing loaded yet that looks for libraries in an empty folder."""
+    monkeypatch.delenv("FREEZEOPS_BACKEND", raising=False)
+    spec = importlib.util.spec_from_file_location("fresh_native", _native.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fresh_native", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "_DIRECTORY", tmp_path)
+    return module
+
+
+def place(folder, name=LIBRARY_NAME, content=b"not a library", **info):
+    """Writes a library and, unless `info` is {'build': None}, its build information."""
+    (folder / name).write_bytes(content)
+    build = {"freezeops_version": __version__, "tensorflow_version": RUNNING} | info
+    if info.get("build", ...) is not None:
+        (folder / name).with_suffix(".json").write_text(json.dumps(build))
+
+
+def refused(loader):
+    """Asks for the library, checks that it is refused with one warning, and returns the warning's text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert loader.op_library() is None
+        assert loader.op_library() is None
+        assert loader.has_cuda() is False
+    assert len(caught) == 1
+    assert caught[0].category is UserWarning
+    text = str(caught[0].message)
+    assert f"no compiled ops for TensorFlow {RUNNING}" in text
+    assert REMEDY in text
+    assert "FREEZEOPS_BACKEND=reference" in text
+    return text
+
+
+def test_missing_library_warns_once(loader, tmp_path):
+    assert f"None was found in {tmp_path}" in refused(loader)
+
+
+def test_library_for_another_tensorflow_is_refused_and_both_versions_named(loader, tmp_path):
+    place(tmp_path, "libfreezeops_tf1_99.so", tensorflow_version="1.99.3")
+    assert f"libfreezeops_tf1_99.so: built for TensorFlow 1.99.3, running TensorFlow {RUNNING}" in refused(loader)
+
+
+def test_renamed_library_is_refused(loader, tmp_path):
+    place(tmp_path, tensorflow_version="1.99.3")
+    assert f"its name says TensorFlow {MINOR}, its build information TensorFlow 1.99.3" in refused(loader)
+
+
+def test_library_from_another_freezeops_is_refused(loader, tmp_path):
+    place(tmp_path, freezeops_version="0.0.1")
+    assert f"built from freezeops 0.0.1, running freezeops {__version__}" in refused(loader)
+
+
+def test_library_without_build_information_is_refused(loader, tmp_path):
+    place(tmp_path, build=None)
+    assert "its build information" in refused(loader)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"tensorflow_version": 2}'])
+def test_unreadable_build_information_is_refused(loader, tmp_path, text):
+    place(tmp_path)
+    (tmp_path / LIBRARY_NAME).with_suffix(".json").write_text(text)
+    assert "its build information" in refused(loader)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF\x02\x01\x01" + bytes(57) + b"\1" * 99])
+def test_corrupt_library_is_refused(loader, tmp_path, content):
+    place(tmp_path, content=content)
+    assert "it could not be loaded" in refused(loader)
+
+
+def test_reference_backend_loads_nothing_and_says_nothing(loader, monkeypatch):
+    monkeypatch.setenv("FREEZEOPS_BACKEND", "reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loader.op_library() is None
+        assert loader.host_module() is None
+        assert loader.has_cuda() is False
+        diagnosis = loader.diagnosis()
+    assert diagnosis.backend == "reference"
+    assert diagnosis.isa is None
+
+
+def test_diagnosis_names_every_library_and_why_it_was_refused(loader, tmp_path):
+    place(tmp_path, "libfreezeops_tf1_99.so", tensorflow_version="1.99.3")
+    place(tmp_path)
+    with pytest.warns(UserWarning, match="no compiled ops"):
+        diagnosis = loader.diagnosis()
+    reasons = {report.path.name: report.reason for report in diagnosis.libraries}
+    assert "running TensorFlow" in reasons["libfreezeops_tf1_99.so"]
+    assert "could not be loaded" in reasons[LIBRARY_NAME]
+    assert diagnosis.versions["TensorFlow"] == RUNNING
+    assert diagnosis.isa is None
+
+
+needs_library = pytest.mark.skipif(not BUILT.exists(), reason=f"{LIBRARY_NAME} is not built")
+
+
+def run_python(code, **environment):
+    """Runs code in a new interpreter from the folder that holds the package and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(_native.__file__).parents[1],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_library
+def test_old_library_next_to_the_right_one_does_not_matter(tmp_path):
+    shutil.copy(BUILT, tmp_path)
+    shutil.copy(BUILT.with_suffix(".json"), tmp_path)
+    place(tmp_path, "libfreezeops_tf1_99.so", tensorflow_version="1.99.3")
+    code = f"""
+import warnings
+from pathlib import Path
+warnings.simplefilter("error", UserWarning)
+from freezeops import _native
+_native._loaded = None
+_native._DIRECTORY = Path({str(tmp_path)!r})
+assert hasattr(_native.op_library(), "freezeops_mask_gradient")
+print([(report.path.name, report.loaded) for report in _native.diagnosis().libraries])
+"""
+    printed = run_python(code, FREEZEOPS_BACKEND="")
+    assert f"[('libfreezeops_tf1_99.so', False), ('{LIBRARY_NAME}', True)]" in printed
+
+
+@needs_library
+@pytest.mark.parametrize("half", [0.1, 0.5, 0.95])
+def test_truncated_library_is_refused(tmp_path, half):
+    content = BUILT.read_bytes()
+    place(tmp_path, content=content[: int(len(content) * half)])
+    code = f"""
+from pathlib import Path
+from freezeops import _native
+_native._loaded = None
+_native._DIRECTORY = Path({str(tmp_path)!r})
+print(_native.op_library())
+"""
+    assert run_python(code, FREEZEOPS_BACKEND="", PYTHONWARNINGS="ignore").strip().endswith("None")
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_instruction_set_can_be_lowered(isa):
+    code = "from freezeops import _native; print('isa', _native.diagnosis().isa)"
+    chosen = run_python(code, FREEZEOPS_BACKEND="", FREEZEOPS_ISA=isa).split()[-1]
+    order = ["generic", "avx2", "avx512"]
+    assert order.index(chosen) <= order.index(isa)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_python_dash_m_prints_the_diagnosis(backend):
+    code = "import runpy, sys; sys.argv = ['freezeops']; runpy.run_module('freezeops', run_name='__main__')"
+    with_width = {"COLUMNS": "160", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(_native.__file__).parents[1],
+        env={**os.environ, "FREEZEOPS_BACKEND": backend, **with_width},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for expected in (RUNNING, __version__, "mask_gradient", "restore_frozen", "CUDA"):
+        assert expected in done.stdout
+    if backend == "reference":
+        assert "FREEZEOPS_BACKEND=reference" in done.stdout

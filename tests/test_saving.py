@@ -1,0 +1,243 @@
+"""Save, load and go on as if nothing had happened."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from common import SETUPS, assert_same_bits
+
+import freezeops as fz
+
+X = np.random.default_rng(0).normal(size=(64, 5)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(64, 2)).astype("float32")
+MASK = np.random.default_rng(2).random((5, 8)) < 0.5
+
+
+def functional():
+    inputs = keras.Input((5,))
+    hidden = keras.layers.Dense(8, activation="tanh", name="body")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(2, name="head")(hidden))
+
+
+def sequential():
+    layers = [keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(2)]
+    model = keras.Sequential(layers)
+    model.build((None, 5))
+    return model
+
+
+def kernel(model):
+    return next(v for v in model.trainable_variables if tuple(v.shape) == (5, 8))
+
+
+def half_trained(make, inner, jit_compile=False):
+    model = make()
+    optimizer = fz.MaskedOptimizer(inner)
+    model.compile(optimizer, "mse", jit_compile=jit_compile)
+    train(model)
+    optimizer.register_mask(kernel(model), MASK)
+    optimizer.freeze(".*[^l]$")  # the biases, by a pattern
+    train(model)
+    return model
+
+
+def train(model):
+    model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+
+
+def assert_same_state(actual, expected):
+    for a, b in zip(actual.trainable_variables, expected.trainable_variables, strict=True):
+        assert_same_bits(a.numpy(), b.numpy(), a.path)
+    for a, b in zip(actual.optimizer.variables, expected.optimizer.variables, strict=True):
+        assert_same_bits(a.numpy(), b.numpy(), a.path)
+
+
+def assert_goes_on(resumed, model):
+    assert_same_state(resumed, model)
+    assert resumed.optimizer.mask_for(kernel(resumed)) == fz.Mask.from_array(MASK)
+    before = kernel(model).numpy()
+    train(model)
+    train(resumed)
+    assert_same_state(resumed, model)
+    assert_same_bits(kernel(resumed).numpy()[~MASK], before[~MASK])
+    assert (kernel(resumed).numpy()[MASK] != before[MASK]).all()
+
+
+@pytest.mark.parametrize("make", [functional, sequential])
+@pytest.mark.parametrize("setup", ["SGD momentum", "Adam amsgrad", "AdamW", "Ftrl"])
+def test_keras_file(tmp_path, setup, make):
+    model = half_trained(make, SETUPS[setup](use_ema=setup == "AdamW"))
+    model.save(tmp_path / "model.keras")
+    assert_goes_on(keras.models.load_model(tmp_path / "model.keras"), model)
+
+
+def test_keras_file_with_row_masks_and_a_permanent_one(tmp_path):
+    model = functional()
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1))
+    optimizer.freeze("body/kernel", [0, 2])
+    optimizer.freeze("head/kernel", permanent=True)
+    model.compile(optimizer, "mse")
+    train(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_state(loaded, model)
+    head = model.get_layer("head").kernel.numpy()
+    train(loaded)
+    assert_same_bits(loaded.get_layer("head").kernel.numpy(), head)
+    assert loaded.optimizer.mask_for(kernel(loaded)).nbytes == 1
+
+
+def test_inner_state_is_stored_once(tmp_path):
+    import h5py
+
+    model = half_trained(functional, keras.optimizers.Adam())
+    model.save_weights(tmp_path / "w.weights.h5")
+    with h5py.File(tmp_path / "w.weights.h5") as file:
+        own = sorted(file["optimizer/vars"])
+        inner = sorted(file["optimizer/inner_optimizer/vars"])
+    assert own == [f"mask {i:06d} {name}" for i, name in enumerate(
+        ["body%2Fkernel", "body%2Fbias", "head%2Fkernel", "head%2Fbias"]
+    )]  # fmt: skip
+    assert len(inner) == len(model.optimizer.inner_optimizer.variables)
+
+
+def test_weights_file(tmp_path):
+    """Also into a model whose layers Keras counted up: `dense_2` for `dense`."""
+    model = half_trained(sequential, keras.optimizers.Adam(0.1))
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = sequential()
+    assert other.trainable_variables[0].path != model.trainable_variables[0].path
+    other.compile(fz.MaskedOptimizer(keras.optimizers.Adam(0.1)), "mse", jit_compile=False)
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "w.weights.h5")
+    assert_goes_on(other, model)
+
+
+def test_file_of_another_model_is_refused(tmp_path):
+    model = half_trained(functional, keras.optimizers.Adam())
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = functional()
+    other.compile(fz.MaskedOptimizer(keras.optimizers.Adam(), maskable={"body/kernel": "rows"}), "mse")
+    other.optimizer.build(other.trainable_variables)
+    with pytest.raises(ValueError, match=r"mask of 'body/kernel' must be 1 bytes"):
+        other.load_weights(tmp_path / "w.weights.h5")
+    assert other.optimizer.density == 1.0
+
+
+@pytest.mark.parametrize("restore", ["before the optimizer is built", "after"])
+def test_checkpoint(tmp_path, restore):
+    model = half_trained(sequential, keras.optimizers.AdamW(0.1))
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(tmp_path / "c"))
+    other = sequential()
+    other.compile(fz.MaskedOptimizer(keras.optimizers.AdamW(0.1)), "mse", jit_compile=False)
+    checkpoint = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
+    if restore == "after":
+        other.optimizer.build(other.trainable_variables)
+    status = checkpoint.restore(path)
+    other.optimizer.build(other.trainable_variables)
+    status.assert_existing_objects_matched()
+    assert_goes_on(other, model)
+
+
+def test_config_round_trip():
+    model = half_trained(functional, keras.optimizers.AdamW(0.1, weight_decay=0.2))
+    optimizer = model.optimizer
+    config = optimizer.get_config()
+    twin = fz.MaskedOptimizer.from_config(config)
+    assert twin.get_config() == config
+    assert twin.inner_optimizer.get_config() == optimizer.inner_optimizer.get_config()
+    assert config["partitions"]["body/kernel"] == {"way": "full", "layout": [1, 40, 1]}
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert isinstance(again, fz.MaskedOptimizer) and again.get_config() == config
+
+
+def test_set_weights():
+    model = half_trained(functional, keras.optimizers.Adam(0.1))
+    weights = [v.numpy() for v in model.optimizer.variables]
+    other = functional()
+    other.set_weights(model.get_weights())
+    other.compile(fz.MaskedOptimizer(keras.optimizers.Adam(0.1)), "mse", jit_compile=False)
+    other.optimizer.build(other.trainable_variables)
+    other.optimizer.set_weights(weights)
+    assert_goes_on(other, model)
+    before = [v.numpy() for v in other.optimizer.variables]
+    with pytest.raises(ValueError, match=r"one array per variable of the optimizer, 14"):
+        other.optimizer.set_weights(weights[1:])
+    with pytest.raises(ValueError, match=r"must have the shapes"):
+        other.optimizer.set_weights([*weights[:-1], np.zeros((3, 3))])
+    for variable, value in zip(other.optimizer.variables, before, strict=True):
+        assert_same_bits(variable.numpy(), value)
+
+
+def test_set_weights_before_build():
+    with pytest.raises(ValueError, match="must be built first"):
+        fz.MaskedOptimizer(keras.optimizers.Adam()).set_weights([])
+
+
+def test_weights_into_an_optimizer_that_is_not_built(tmp_path):
+    """The masks wait until it is."""
+    model = half_trained(functional, keras.optimizers.SGD(0.1))
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = functional()
+    other.compile(fz.MaskedOptimizer(keras.optimizers.SGD(0.1)), "mse", jit_compile=False)
+    other.load_weights(tmp_path / "w.weights.h5")
+    before = kernel(other).numpy()
+    train(other)
+    assert other.optimizer.mask_for(kernel(other)) == fz.Mask.from_array(MASK)
+    assert_same_bits(kernel(other).numpy()[~MASK], before[~MASK])
+
+
+def test_rules_that_wait_are_not_lost_by_saving(tmp_path):
+    model = functional()
+    model.compile(fz.MaskedOptimizer(keras.optimizers.SGD(), masks={"body/kernel": False}), "mse")
+    with pytest.raises(ValueError, match="must be built before its masks can be saved"):
+        model.save(tmp_path / "m.keras")
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "m.keras")
+    assert keras.models.load_model(tmp_path / "m.keras").optimizer.density < 1
+
+
+def test_saved_before_it_was_built(tmp_path):
+    model = functional()
+    model.compile(fz.MaskedOptimizer(keras.optimizers.SGD()), "mse")
+    model.save(tmp_path / "m.keras")
+    assert keras.models.load_model(tmp_path / "m.keras").optimizer.density == 1.0
+
+
+def test_masks_follow_the_weights_where_names_were_counted_otherwise(tmp_path):
+    def make(first, second):
+        inputs = keras.Input((5,))
+        x = keras.layers.Dense(5, name=first)(inputs)
+        return keras.Model(inputs, keras.layers.Dense(5, name=second)(x))
+
+    model = make("dense_1", "dense")
+    model.compile(fz.MaskedOptimizer(keras.optimizers.SGD()), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.freeze(model.layers[1])
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = make("dense", "dense_1")
+    other.compile(fz.MaskedOptimizer(keras.optimizers.SGD()), "mse")
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "w.weights.h5")
+    counts = [other.optimizer.mask_for(v).count() for v in other.trainable_variables]
+    assert counts == [0, 0, 25, 5]
+
+
+def test_file_of_a_bare_optimizer_is_refused(tmp_path):
+    model = functional()
+    model.compile(keras.optimizers.Adam(), "mse")
+    train(model)
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = half_trained(functional, keras.optimizers.Adam())
+    with pytest.raises(ValueError, match="must be that of a MaskedOptimizer"):
+        other.load_weights(tmp_path / "w.weights.h5")
+    assert other.optimizer.mask_for(kernel(other)) == fz.Mask.from_array(MASK)
+
+
+def test_deepcopy():
+    import copy
+
+    model = half_trained(functional, keras.optimizers.SGD(0.1))
+    twin = copy.deepcopy(model.optimizer)
+    twin.build(model.trainable_variables)
+    assert twin.mask_for(kernel(model)) == fz.Mask.from_array(MASK)
