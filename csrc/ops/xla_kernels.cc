@@ -52,9 +52,9 @@ xla::PrimitiveType IntegersFor(DataType dtype) {
   }
 }
 
-// Integers in the tensor's shape: all bits set where an entry is trainable, none where it is frozen. Values are joined by
-// AND and OR with these and not by Select, which the CPU's compiler turns into a branch where one side is expensive to
-// compute: mispredicted at every other entry of a random mask.
+// Integers in the tensor's shape: all bits set where an entry is trainable, none where it is frozen. Values are joined
+// by AND and OR with these and not by Select, which the CPU's compiler turns into a branch where one side is expensive
+// to compute: mispredicted at every other entry of a random mask.
 //
 // No axes of length 1 are made on the way: with those XLA picks layouts between which the fused loop copies, and the
 // loop is no longer vectorized.
