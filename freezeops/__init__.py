@@ -8,6 +8,8 @@ from freezeops.mask import Mask as Mask
 from freezeops.maskfile import load_masks as load_masks
 from freezeops.maskfile import save_masks as save_masks
 from freezeops.optimizer import MaskedOptimizer as MaskedOptimizer
+from freezeops.slots import Slot as Slot
+from freezeops.slots import declare_slots as declare_slots
 from freezeops.transforms import mask_gradient as mask_gradient
 from freezeops.transforms import mask_gradients as mask_gradients
 from freezeops.transforms import partial_stop_gradient as partial_stop_gradient

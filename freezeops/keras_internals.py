@@ -5,11 +5,13 @@ Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimi
 """
 
 import inspect
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 _MULTI_OPTIMIZER = getattr(keras.optimizers, "MultiOptimizer", None)
@@ -38,6 +40,15 @@ def components(variable: Variable) -> list[tf.Variable]:
         return list(variable.values)
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
     return [variable.values[replica % len(variable.values)]]
+
+
+def component_beside(other: Variable, variable: Variable, component: tf.Variable) -> tf.Variable:
+    """The copy of another variable that lies where `component` is the copy of `variable`."""
+    other = tf_variable(other)
+    if not isinstance(other, tf.distribute.DistributedValues):
+        return other
+    copies = tf_variable(variable).values
+    return other.values[next(i for i, copy in enumerate(copies) if copy is component)]
 
 
 def is_variable(x: Any) -> bool:
@@ -86,6 +97,61 @@ def step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer._iterations
+
+
+def step_count(optimizer: keras.optimizers.Optimizer) -> int:
+    """How many updates an optimizer has made; accumulated gradients count once."""
+    return int(np.asarray(optimizer.iterations))
+
+
+class StepHook:
+    """What `before_updates` calls."""
+
+    def begin(self, optimizer: keras.optimizers.Optimizer) -> Any:
+        """Called once a step, before the updates; what it returns goes to `update`."""
+
+    def update(self, prepared: Any, gradient: Any, variable: tf.Variable) -> None:
+        """Called before each variable's update."""
+
+
+def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> None:
+    """Has an optimizer call a hook right before it updates variables, with the gradients that it then uses.
+
+    That is after everything that can change a gradient or skip a step: accumulation,
+    clipping, loss scaling, the sum over replicas.
+
+    Args:
+        optimizer: One that wraps no other. It is changed; once is enough.
+        hook: What to call.
+    """
+    if "_freezeops_hook" in vars(optimizer):
+        return
+    optimizer._freezeops_hook = _Untracked(hook)
+    optimizer._backend_update_step = types.MethodType(_update_step_with_hook, optimizer)
+    optimizer.update_step = types.MethodType(_update_with_hook, optimizer)
+
+
+class _Untracked:
+    """Hides a value from the tracking of Keras and TensorFlow."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self.prepared: Any = None
+
+
+def _update_step_with_hook(self: Any, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
+    hook = self._freezeops_hook
+    # Replicas come here in turn and then update together, so whichever was last prepared for all.
+    hook.prepared = hook.value.begin(self)
+    type(self)._backend_update_step(self, grads, trainable_variables, learning_rate)
+    hook.prepared = None
+
+
+def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
+    hook = self._freezeops_hook
+    if hook.prepared is not None:
+        hook.value.update(hook.prepared, gradient, variable)
+    return type(self).update_step(self, gradient, variable, learning_rate)
 
 
 def average_slots(

@@ -7,6 +7,7 @@ every call, so at trace time inside `tf.function`.
 """
 
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -18,7 +19,7 @@ from freezeops.layout import Layout
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
 
-_OPS = ("mask_gradient", "mask_slices", "remember_frozen", "restore_frozen")
+_OPS = ("mask_gradient", "mask_slices", "remember_frozen", "restore_frozen", "seed_slots")
 _HOST = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
 
 
@@ -175,6 +176,31 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
         reference.restore_frozen(variable, mask, snapshot, layout)
 
 
+def seed_slots(
+    unseeded: tf.Variable,
+    gradient: tf.Tensor | tf.IndexedSlices,
+    scales: Sequence[tf.Tensor],
+    slots: Sequence[tf.Variable],
+    powers: Sequence[int],
+) -> None:
+    """Starts the slots of entries that were unfrozen late; see `reference.seed_slots`."""
+    library = _library()
+    if library is None:
+        reference.seed_slots(unseeded, gradient, scales, slots, powers)
+        return
+    sparse = isinstance(gradient, tf.IndexedSlices)
+    library.freezeops_seed_slots(
+        unseeded.handle,
+        gradient.values if sparse else gradient,
+        tf.cast(gradient.indices, tf.int64) if sparse else tf.zeros([0], tf.int64),
+        tf.stack(scales),
+        [slot.handle for slot in slots],
+        powers=list(powers),
+        size=slots[0].shape.num_elements(),
+        sparse=sparse,
+    )
+
+
 def _mask_gradient_gradient(op: tf.Operation, upstream: tf.Tensor) -> list[tf.Tensor | None]:
     layout = Layout(*op.get_attr("layout"))
     return [mask_gradient(upstream, op.inputs[1], layout), None]
@@ -190,3 +216,4 @@ tf.RegisterGradient("Freezeops>MaskGradient")(_mask_gradient_gradient)
 tf.RegisterGradient("Freezeops>MaskSlices")(_mask_slices_gradient)
 tf.no_gradient("Freezeops>RememberFrozen")
 tf.no_gradient("Freezeops>RestoreFrozen")
+tf.no_gradient("Freezeops>SeedSlots")

@@ -9,12 +9,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import keras_internals, layout, naming, partition, report, rules
+from freezeops import keras_internals, layout, naming, partition, report, rules, unfreezing
 from freezeops.keras_internals import Variable
 from freezeops.mask import Mask
 from freezeops.partition import FullPartition, Partition, PermanentPartition, UnmaskedPartition
 from freezeops.rules import Rule
+from freezeops.slots import slots_of
 from freezeops.transforms import Gradient
+from freezeops.unfreezing import Seeding, VariableSlots
 
 _INNER_ARGUMENTS = (
     "learning_rate",
@@ -39,6 +41,7 @@ class _State:
         self.partitions: list[Partition] = []
         self.saved: dict[str, dict[str, Any]] = {}
         self.loaded: dict[str, np.ndarray] = {}
+        self.slots: dict[int, VariableSlots] = {}
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
@@ -63,6 +66,15 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
             entry), `"rows"`, `"columns"` or `"none"`: what is set aside for masks
             when the optimizer is built. By default one bit per entry, or per row or
             column where the rules given until then ask for no more.
+        unfreeze_policy: What the inner optimizer's slots hold for entries that become
+            trainable after the first step. `"seed"`: their moments start from their own
+            first gradient that is not zero, as if it had always been the same; the first
+            step of Adam, AdamW, Nadam and RMSprop is then at most one learning rate.
+            `"zero"`: they start as in a new optimizer (late in training Adam's first
+            step is then 3.16 learning rates). `"keep"`: they go on with what the slots
+            hold. Slots that stand for weights (Ftrl's, ScheduleFreeAdamW's momentum) and
+            those of user-written optimizers that nobody declared (`fz.declare_slots`)
+            are kept in any case.
         name: Optional name.
 
     Raises:
@@ -91,14 +103,16 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
         masks: Mapping[Any, Any] | None = None,
         state: str = "full",
         maskable: Mapping[str, str] | None = None,
+        unfreeze_policy: unfreezing.Policy = "seed",
         name: str | None = None,
         **kwargs: Any,
     ):
-        _check_arguments(inner_optimizer, masks, state, maskable, kwargs)
+        _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, kwargs)
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.state = state
+        self.unfreeze_policy = unfreeze_policy
         self._maskable = _Constant(dict(maskable or {}))
         self._state = _State()
         # What `tf.train.Checkpoint` saves: by position, as it saves the slots.
@@ -267,7 +281,10 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
                 mask = changes.get(position, part.mask)
                 changes[position] = part.fit(rule.apply_to(mask))
         for position, mask in changes.items():
-            self._state.partitions[position].assign(mask)
+            part = self._state.partitions[position]
+            if isinstance(part, FullPartition) and position in self._state.slots:
+                self._state.slots[position].change(part.mask, mask, part.layout)
+            part.assign(mask)
         # What was accumulated for an entry that is frozen now must neither be applied
         # nor count in a norm.
         for variable, accumulator in keras_internals.accumulators(self.inner_optimizer):
@@ -306,6 +323,7 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
             for position, (variable, plan) in enumerate(zip(variables, plans, strict=True))
         ]
         self._state.index = index
+        self._find_slots()
         if self._state.loaded:
             with tf.init_scope():
                 self._assign_loaded()
@@ -363,7 +381,11 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
         if plan.way == "unmasked":
             return UnmaskedPartition(variable, plan.reason)
         assert plan.layout is not None and plan.mask is not None
-        packed = plan.mask.packed
+        bits = self._make_bits(variable, plan.mask.packed, "mask", str(position))
+        return FullPartition(variable, plan.layout, bits)
+
+    def _make_bits(self, variable: Variable, packed: np.ndarray, what: str, key: str) -> keras.Variable:
+        """A `uint8` variable beside one of the model's."""
         with (
             keras.name_scope(self.name),
             self._distribution_strategy.extended.colocate_vars_with(keras_internals.tf_variable(variable)),
@@ -374,10 +396,26 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
                 dtype="uint8",
                 trainable=False,
                 aggregation="only_first_replica",
-                name=f"{keras_internals.variable_path(variable).replace('/', '_')}_mask",
+                name=f"{keras_internals.variable_path(variable).replace('/', '_')}_{what}",
             )
-        self._masks._track_trackable(bits, str(position))
-        return FullPartition(variable, plan.layout, bits)
+        self._masks._track_trackable(bits, key)
+        return bits
+
+    def _find_slots(self) -> None:
+        """Prepares for entries that are unfrozen later."""
+        for base in keras_internals.base_optimizers(self.inner_optimizer):
+            seeding = Seeding()
+            for variable, slots in slots_of(base):
+                position = self._state.index.find_position(variable)
+                if position is None or not isinstance(self._state.partitions[position], FullPartition):
+                    continue
+                own = VariableSlots(variable, base, slots, self.unfreeze_policy)
+                self._state.slots[position] = own
+                if own.seeded:
+                    zeros = np.zeros(own.unseeded_bytes, np.uint8)
+                    own.unseeded = self._make_bits(variable, zeros, "unseeded", f"unseeded {position}")
+                    seeding.add(variable, own)
+                    keras_internals.before_updates(base, seeding)
 
     def _build_once(self, variables: Sequence[Variable]) -> None:
         if not self.built:
@@ -514,9 +552,10 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The masks, then the inner optimizer's variables."""
+        """The masks, which entries wait to be seeded, then the inner optimizer's variables."""
         bits = [part.bits for part in self._state.partitions if isinstance(part, FullPartition)]
-        return bits + self.inner_optimizer.variables
+        unseeded = [slots.unseeded for slots in self._state.slots.values() if slots.unseeded is not None]
+        return bits + unseeded + self.inner_optimizer.variables
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the values of `variables`, in their order.
@@ -561,8 +600,10 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
                 "`optimizer.build(model.trainable_variables)`. Received: rules for "
                 f"{[rule.target for rule in self._state.rules]}, not carried out yet"
             )
-        for position, (name, part) in enumerate(self._named_partitions()):
+        for position, (name, part, unseeded) in enumerate(self._named_partitions()):
             store[f"mask {position:06d} {quote(name, safe='')}"] = part.bits.numpy()
+            if unseeded is not None and (waiting := unseeded.numpy()).any():
+                store[f"unseeded {position:06d} {quote(name, safe='')}"] = waiting
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the masks; before the optimizer is built, keeps them until it is.
@@ -576,44 +617,52 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
                 weights before it comes here.)
         """
         keys = sorted(store.keys())
-        if strange := [key for key in keys if not key.startswith("mask ")]:
+        if strange := [key for key in keys if not key.startswith(("mask ", "unseeded "))]:
             raise ValueError(
                 f"The state in a file must be that of a MaskedOptimizer. Received: {strange}, which are no masks"
             )
         if not keys:
             return
-        self._state.loaded = {unquote(key.split(" ", 2)[2]): np.array(store[key]) for key in keys}
+        self._state.loaded = {key: np.array(store[key]) for key in keys}
         if self.built:
             self._assign_loaded()
 
     def _assign_loaded(self) -> None:
         """Sets the masks that were loaded: all of them or, on an error, none."""
         loaded, self._state.loaded = self._state.loaded, {}
+        saved: dict[str, dict[str, np.ndarray]] = {"mask": {}, "unseeded": {}}
+        for key, packed in loaded.items():
+            kind, _, name = key.split(" ", 2)
+            saved[kind][unquote(name)] = packed
         own = self._named_partitions()
-        positions = naming.match(list(loaded), [name for name, _ in own])
+        positions = naming.match(list(saved["mask"]), [name for name, _, _ in own])
         if positions is None:
             raise ValueError(
                 "The masks in a file must be those of the optimizer's variables. Received: "
-                f"{list(loaded)}, for an optimizer with {[name for name, _ in own]}"
+                f"{list(saved['mask'])}, for an optimizer with {[name for name, _, _ in own]}"
             )
-        masks = [list(loaded.values())[position] for position in positions]
-        for (name, part), packed in zip(own, masks, strict=True):
-            if packed.dtype != np.uint8 or packed.shape != (part.layout.packed_bytes,):
-                raise ValueError(
-                    f"The mask of {name!r} must be {part.layout.packed_bytes} bytes for layout "
-                    f"{tuple(part.layout)}. Received: an array of dtype={packed.dtype}, "
-                    f"shape={packed.shape}"
-                )
-        for (_, part), packed in zip(own, masks, strict=True):
-            part.bits.assign(packed)
+        changes: list[tuple[keras.Variable, np.ndarray]] = []
+        for (name, part, unseeded), position in zip(own, positions, strict=True):
+            saved_name, packed = list(saved["mask"].items())[position]
+            _check_packed(name, packed, part.layout)
+            changes.append((part.bits, packed))
+            if unseeded is not None:
+                elements = layout.elementwise(tuple(part.variable.shape))
+                waiting = saved["unseeded"].get(saved_name, np.zeros(elements.packed_bytes, np.uint8))
+                _check_packed(name, waiting, elements)
+                changes.append((unseeded, waiting))
+        for bits, packed in changes:
+            bits.assign(packed)
 
-    def _named_partitions(self) -> list[tuple[str, FullPartition]]:
+    def _named_partitions(self) -> list[tuple[str, FullPartition, keras.Variable | None]]:
+        """What has masks: name, partition, and which entries wait to be seeded."""
         names = naming.unique(self._state.index.paths)
-        return [
-            (name, part)
-            for name, part in zip(names, self._state.partitions, strict=True)
-            if isinstance(part, FullPartition)
-        ]
+        named = []
+        for position, (name, part) in enumerate(zip(names, self._state.partitions, strict=True)):
+            if isinstance(part, FullPartition):
+                slots = self._state.slots.get(position)
+                named.append((name, part, slots.unseeded if slots else None))
+        return named
 
     def get_config(self) -> dict[str, Any]:
         """The configuration: the inner optimizer, and each variable's way and layout.
@@ -625,6 +674,7 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "state": self.state,
             "maskable": dict(self._maskable.value),
+            "unfreeze_policy": self.unfreeze_policy,
             "partitions": dict(self._state.saved),
         }
         if self.built:
@@ -690,6 +740,14 @@ class _Constant:
         self.value = value
 
 
+def _check_packed(name: str, packed: np.ndarray, mask_layout: layout.Layout) -> None:
+    if packed.dtype != np.uint8 or packed.shape != (mask_layout.packed_bytes,):
+        raise ValueError(
+            f"The mask of {name!r} must be {mask_layout.packed_bytes} bytes for layout {tuple(mask_layout)}. "
+            f"Received: an array of dtype={packed.dtype}, shape={packed.shape}"
+        )
+
+
 def _check_lengths(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     if len(gradients) != len(variables):
         raise ValueError(
@@ -698,7 +756,9 @@ def _check_lengths(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         )
 
 
-def _check_arguments(inner_optimizer: Any, masks: Any, state: Any, maskable: Any, kwargs: Mapping[str, Any]) -> None:
+def _check_arguments(
+    inner_optimizer: Any, masks: Any, state: Any, maskable: Any, unfreeze_policy: Any, kwargs: Mapping[str, Any]
+) -> None:
     if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             "`inner_optimizer` must be a keras.optimizers.Optimizer. Received: "
@@ -723,6 +783,10 @@ def _check_arguments(inner_optimizer: Any, masks: Any, state: Any, maskable: Any
         raise NotImplementedError("state='compact' is not implemented yet; use state='full'.")
     if state != "full":
         raise ValueError(f"`state` must be 'full' or 'compact'. Received: state={state!r}")
+    if unfreeze_policy not in unfreezing.POLICIES:
+        raise ValueError(
+            f"`unfreeze_policy` must be one of {unfreezing.POLICIES}. Received: unfreeze_policy={unfreeze_policy!r}"
+        )
     if maskable is not None and not isinstance(maskable, Mapping):
         raise TypeError(
             f"`maskable` must map path patterns to one of {layout.MASKABLE}. Received: maskable={maskable!r}"

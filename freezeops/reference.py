@@ -8,7 +8,7 @@ All functions take a packed mask (`uint8` vector, little bit order, 1 = trainabl
 and its layout `(outer, kept, inner)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -159,3 +159,54 @@ def _scatter_frozen(flat: tf.Tensor, passing: tf.Tensor, frozen: tf.Tensor) -> t
     integer = integers_like(flat.dtype)
     scattered = tf.tensor_scatter_nd_update(tf.bitcast(flat, integer), tf.where(~passing), tf.bitcast(frozen, integer))
     return tf.bitcast(scattered, flat.dtype)
+
+
+def seed_slots(
+    unseeded: tf.Variable,
+    gradient: tf.Tensor | tf.IndexedSlices,
+    scales: Sequence[tf.Tensor],
+    slots: Sequence[tf.Variable],
+    powers: Sequence[int],
+) -> None:
+    """Starts the slots of entries that were unfrozen late from their first gradient that is not zero.
+
+    Where an entry's bit is set, its entry of the first slot is zero and its gradient is
+    not, each slot becomes `scale * gradient**power`. A bit is cleared once its entry of
+    the first slot is not zero any more; both are looked at, so that an implementation
+    that never clears bits (XLA's) gives the same slots.
+
+    Args:
+        unseeded: `uint8` variable of one bit per entry, little bit order.
+        gradient: Of the slots' shape and dtype; `tf.IndexedSlices` may repeat rows.
+        scales: A float64 scalar for each slot.
+        slots: Variables of the model variable's shape and dtype. The first one guards.
+        powers: 1 or 2 for each slot.
+    """
+    shape = slots[0].shape
+    size = shape.num_elements()
+    wide = tf.float64 if slots[0].dtype == tf.float64 else tf.float32
+
+    def seed() -> None:
+        bits = _unpack(unseeded.read_value(), size)
+        dense = tf.reshape(tf.cast(tf.convert_to_tensor(tf.cast(gradient, wide)), wide), [size])
+        guard = tf.reshape(slots[0].read_value(), [size])
+        due = bits & (dense != 0) & (tf.cast(guard, wide) == 0)
+        for slot, scale, power in zip(slots, scales, powers, strict=True):
+            value = tf.cast(scale, wide) * dense
+            value = tf.cast(value * dense if power == 2 else value, slot.dtype)
+            flat = tf.reshape(slot.read_value(), [size])
+            slot.assign(tf.reshape(_select(due, value, flat), shape))
+        guard = tf.reshape(slots[0].read_value(), [size])
+        unseeded.assign(_pack(bits & (tf.cast(guard, wide) == 0)))
+
+    def nothing() -> None:
+        pass
+
+    tf.cond(tf.reduce_any(unseeded.read_value() != 0), seed, nothing)
+
+
+def _pack(flags: tf.Tensor) -> tf.Tensor:
+    """Booleans of shape `[n]` to packed bits."""
+    size = flags.shape[0]
+    padded = tf.pad(tf.cast(flags, tf.int32), [[0, -size % 8]])
+    return tf.cast(tf.reduce_sum(tf.reshape(padded, [-1, 8]) * 2 ** tf.range(8), axis=1), tf.uint8)

@@ -218,6 +218,10 @@ class VariableIndex:
         self.paths = [variable_path(variable) for variable in self.variables]
         self._positions = {variable_key(v): i for i, v in enumerate(self.variables)}
 
+    def find_position(self, variable: Variable) -> int | None:
+        """Position of a variable, `None` where the optimizer does not know it."""
+        return self._positions.get(variable_key(variable))
+
     def position(self, variable: Variable) -> int:
         """Position of a variable.
 
@@ -226,7 +230,7 @@ class VariableIndex:
             ValueError: If the optimizer does not know it.
         """
         _check_is_variable(variable)
-        position = self._positions.get(variable_key(variable))
+        position = self.find_position(variable)
         if position is None:
             path = variable_path(variable)
             raise ValueError(

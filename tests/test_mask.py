@@ -65,6 +65,11 @@ def test_algebra_across_layouts(data):
         assert hash(x) == hash(y)
 
 
+def test_masks_of_an_empty_tensor_are_equal():
+    a, b = np.array([True, False]).reshape(1, 2, 1), np.zeros((1, 2, 1), bool)
+    assert fz.Mask.from_array(a, (0, 2, 3)) == fz.Mask.from_array(b, (0, 2, 3))
+
+
 def test_layouts_are_as_small_as_the_broadcast():
     assert fz.Mask.from_array(np.ones((5, 1), bool), (5, 8)).layout == Layout(1, 5, 8)
     assert fz.Mask.from_array(np.ones((1, 8), bool), (5, 8)).layout == Layout(5, 8, 1)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #include "kernels/kernels.h"
@@ -61,6 +62,24 @@ inline void ParallelForEntries(tensorflow::OpKernelContext* ctx, int64_t count, 
   // About 8 bytes a cycle.
   ParallelFor(ctx, words, 64 * width / 8,
               [&](int64_t first, int64_t last) { work(first * 64, std::min(last * 64, count)); });
+}
+
+// Gives a variable's value a buffer of its own, where a read of it shares the one that it has. The variable's lock is
+// held.
+inline absl::Status Unshare(tensorflow::OpKernelContext* ctx, tensorflow::Tensor* value) {
+  tensorflow::AllocatorAttributes attributes;
+  attributes.set_gpu_compatible(true);
+  attributes.set_nic_compatible(true);
+  tensorflow::Tensor copy;
+  TF_RETURN_IF_ERROR(ctx->allocate_temp(value->dtype(), value->shape(), &copy, attributes));
+  const int64_t width = tensorflow::DataTypeSize(value->dtype());
+  const void* from = value->data();
+  void* to = copy.data();
+  ParallelForEntries(ctx, value->NumElements(), width, [&](int64_t begin, int64_t end) {
+    std::memcpy(At(to, begin, width), At(from, begin, width), (end - begin) * width);
+  });
+  *value = copy;
+  return absl::OkStatus();
 }
 
 }  // namespace freezeops

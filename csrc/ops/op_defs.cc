@@ -1,5 +1,6 @@
-// The ops' signatures and shape functions. Kernels: mask_ops.cc and variable_ops.cc (CPU), xla_kernels.cc.
+// The ops' signatures and shape functions. Kernels: mask_ops.cc, variable_ops.cc, seed_ops.cc (CPU), xla_kernels.cc.
 
+#include <algorithm>
 #include <vector>
 
 #include "ops/layout_attr.h"
@@ -125,6 +126,33 @@ absl::Status RestoreFrozenShape(InferenceContext* c) {
   return absl::OkStatus();
 }
 
+absl::Status SeedSlotsShape(InferenceContext* c) {
+  std::vector<int64_t> powers;
+  TF_RETURN_IF_ERROR(c->GetAttr("powers", &powers));
+  int32_t count = 0;
+  int64_t size = 0;
+  TF_RETURN_IF_ERROR(c->GetAttr("N", &count));
+  TF_RETURN_IF_ERROR(c->GetAttr("size", &size));
+  const bool known = std::all_of(powers.begin(), powers.end(), [](int64_t power) { return power == 1 || power == 2; });
+  if (size < 0 || !known || static_cast<int32_t>(powers.size()) != count) {
+    return InvalidArgument("powers must be 1 or 2, one for each of the ", count, " slots, and size not negative. ",
+                           "Received: powers=[", absl::StrJoin(powers, ", "), "], size=", size);
+  }
+  ShapeHandle scales, indices;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &indices));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 1, &scales));
+  DimensionHandle unused;
+  TF_RETURN_IF_ERROR(c->WithValue(c->Dim(scales, 0), count, &unused));
+  bool sparse = false;
+  TF_RETURN_IF_ERROR(c->GetAttr("sparse", &sparse));
+  if (sparse) {
+    ShapeHandle values;
+    TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(1), 1, &values));
+    return c->Merge(c->Dim(values, 0), c->Dim(indices, 0), &unused);
+  }
+  return CheckEntries(c, "values", c->input(1), MaskLayout{1, size, 1});
+}
+
 }  // namespace
 
 REGISTER_OP("Freezeops>MaskGradient")
@@ -188,6 +216,34 @@ REGISTER_OP("Freezeops>RestoreFrozen")
 Writes the frozen entries back that RememberFrozen saw, with the same mask. Trainable entries stay as they are.
 
 snapshot: What RememberFrozen returned, in either form.
+)doc");
+
+REGISTER_OP("Freezeops>SeedSlots")
+    .Input("unseeded: resource")
+    .Input("values: T")
+    .Input("indices: int64")
+    .Input("scales: double")
+    .Input("slots: N * resource")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("N: int >= 1")
+    .Attr("powers: list(int)")
+    .Attr("size: int")
+    .Attr("sparse: bool")
+    .SetIsStateful()
+    .SetShapeFn(SeedSlotsShape)
+    .Doc(R"doc(
+Starts the slots of entries that were unfrozen late from their first gradient that is not zero.
+
+Where an entry's bit in `unseeded` is set, its entry of the first slot is zero and its gradient is not, each slot
+becomes scale * gradient^power. Bits whose entry of the first slot is not zero any more may be cleared.
+
+unseeded: A uint8 variable of one bit for each entry, little bit order.
+values: The gradient; or the values of an IndexedSlices.
+indices: The rows that `values` names where `sparse` is true, repeated ones adding up; else empty.
+scales: One for each slot.
+slots: Variables of `size` entries.
+powers: 1 or 2 for each slot.
+size: The number of entries.
 )doc");
 
 }  // namespace freezeops

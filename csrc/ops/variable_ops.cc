@@ -201,22 +201,6 @@ class RestoreFrozenOp : public VariableOp {
       }
     });
   }
-
- private:
-  absl::Status Unshare(OpKernelContext* ctx, Tensor* value) const {
-    tensorflow::AllocatorAttributes attributes;
-    attributes.set_gpu_compatible(true);
-    attributes.set_nic_compatible(true);
-    Tensor copy;
-    TF_RETURN_IF_ERROR(ctx->allocate_temp(dtype_, value->shape(), &copy, attributes));
-    const void* from = value->data();
-    void* to = copy.data();
-    ParallelForEntries(ctx, value->NumElements(), width_, [&](int64_t begin, int64_t end) {
-      std::memcpy(At(to, begin, width_), At(from, begin, width_), (end - begin) * width_);
-    });
-    *value = copy;
-    return absl::OkStatus();
-  }
 };
 
 #define FREEZEOPS_REGISTER(T)                                                                                     \

@@ -3,6 +3,7 @@
 // Registered for the JIT devices directly: the registration macro of XLA's own kernels takes effect only if the library
 // is loaded before XLA is used for the first time.
 
+#include <memory>
 #include <vector>
 
 #include "ops/layout_attr.h"
@@ -241,6 +242,89 @@ class RestoreFrozenXlaOp : public XlaOpKernel {
   DataType dtype_;
 };
 
+// Never clears a bit: an entry whose bit is set counts as seeded once its guard is not zero.
+class SeedSlotsXlaOp : public XlaOpKernel {
+ public:
+  explicit SeedSlotsXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("size", &size_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("sparse", &sparse_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    xla::XlaBuilder* builder = ctx->builder();
+    TensorShape bits_shape, values_shape;
+    XlaOp bits;
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, tensorflow::DT_UINT8, &bits_shape, &bits));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &values_shape));
+    const MaskLayout layout{1, size_, 1};
+    OP_REQUIRES_OK(ctx, CheckMask(bits_shape, layout));
+    if (size_ == 0) return;
+    xla::PrimitiveType type;
+    OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    const xla::PrimitiveType wide = dtype_ == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;
+    const xla::PrimitiveType integers = IntegersFor(dtype_);
+
+    const int count = static_cast<int>(powers_.size());
+    std::vector<XlaOp> slots(count);
+    TensorShape shape;
+    for (int i = 0; i < count; ++i) {
+      OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(4 + i, dtype_, &shape, &slots[i]));
+      OP_REQUIRES_OK(ctx, CheckEntries("slots", shape, layout));
+    }
+    XlaOp gradient = xla::ConvertElementType(ctx->Input(1), wide);
+    if (sparse_) {
+      gradient = Densify(gradient, ctx->Input(2), values_shape, shape);
+    } else {
+      OP_REQUIRES_OK(ctx, CheckEntries("values", values_shape, layout));
+    }
+    gradient = xla::Reshape(gradient, shape.dim_sizes());
+
+    const auto all_bits = [&](XlaOp condition) {
+      return xla::Sub(xla::Zero(builder, integers), xla::ConvertElementType(condition, integers));
+    };
+    const XlaOp live = all_bits(xla::Ne(gradient, xla::ScalarLike(gradient, 0)));
+    const XlaOp empty = all_bits(xla::Eq(slots[0], xla::ScalarLike(slots[0], 0)));
+    const XlaOp seeded = xla::And(xla::And(TrainableBits(bits, layout, shape, integers), live), empty);
+    const XlaOp scales = xla::ConvertElementType(ctx->Input(3), wide);
+    for (int i = 0; i < count; ++i) {
+      const XlaOp scale = xla::Reshape(xla::SliceInDim(scales, i, i + 1, 1, 0), {});
+      XlaOp seed = xla::Mul(gradient, scale);
+      if (powers_[i] == 2) seed = xla::Mul(seed, gradient);
+      seed = xla::BitcastConvertType(xla::ConvertElementType(seed, type), integers);
+      const XlaOp slot = xla::BitcastConvertType(slots[i], integers);
+      const XlaOp joined = xla::Or(xla::And(seeded, seed), xla::And(xla::Not(seeded), slot));
+      OP_REQUIRES_OK(ctx, ctx->AssignVariable(4 + i, dtype_, xla::BitcastConvertType(joined, type)));
+    }
+  }
+
+ private:
+  // The dense sum of rows, flattened to [rows, width].
+  static XlaOp Densify(XlaOp values, XlaOp indices, const TensorShape& values_shape, const TensorShape& shape) {
+    xla::XlaBuilder* builder = values.builder();
+    const int64_t slices = values_shape.dim_size(0);
+    const int64_t rows = shape.dim_size(0);
+    const int64_t width = rows == 0 ? 0 : shape.num_elements() / rows;
+    xla::PrimitiveType type = builder->GetShape(values)->element_type();
+    const std::unique_ptr<xla::XlaBuilder> adder = builder->CreateSubBuilder("add");
+    const xla::Shape scalar = xla::ShapeUtil::MakeShape(type, {});
+    xla::Add(xla::Parameter(adder.get(), 0, scalar, "a"), xla::Parameter(adder.get(), 1, scalar, "b"));
+    xla::ScatterDimensionNumbers numbers;
+    numbers.add_update_window_dims(1);
+    numbers.add_inserted_window_dims(0);
+    numbers.add_scatter_dims_to_operand_dims(0);
+    numbers.set_index_vector_dim(1);
+    return xla::Scatter(xla::Broadcast(xla::Zero(builder, type), {rows, width}), indices,
+                        xla::Reshape(values, {slices, width}), *adder->Build(), numbers);
+  }
+
+  DataType dtype_;
+  int64_t size_ = 0;
+  bool sparse_ = false;
+  std::vector<int64_t> powers_;
+};
+
 #define FREEZEOPS_REGISTER(OP, KERNEL)                             \
   REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_CPU_JIT"), KERNEL); \
   REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_GPU_JIT"), KERNEL)
@@ -248,6 +332,7 @@ FREEZEOPS_REGISTER("Freezeops>MaskGradient", MaskGradientXlaOp);
 FREEZEOPS_REGISTER("Freezeops>MaskSlices", MaskSlicesXlaOp);
 FREEZEOPS_REGISTER("Freezeops>RememberFrozen", RememberFrozenXlaOp);
 FREEZEOPS_REGISTER("Freezeops>RestoreFrozen", RestoreFrozenXlaOp);
+FREEZEOPS_REGISTER("Freezeops>SeedSlots", SeedSlotsXlaOp);
 #undef FREEZEOPS_REGISTER
 
 }  // namespace

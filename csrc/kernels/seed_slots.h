@@ -1,0 +1,52 @@
+// Seeding: the slots of an entry that was unfrozen late start from its own first gradient that is not zero.
+//
+// An entry is seeded when its bit in `unseeded` is set, its guard (its entry of the first slot) is still zero and its
+// gradient is not: each slot becomes scale * gradient^power. A bit is cleared once its guard is not zero any more. Both
+// are asked for, so that an implementation that never clears bits gives the same slots.
+
+#ifndef FREEZEOPS_KERNELS_SEED_SLOTS_H_
+#define FREEZEOPS_KERNELS_SEED_SLOTS_H_
+
+#include <stdint.h>
+
+namespace freezeops {
+
+// One slot of a variable. Acc is what T is calculated in: float for 16-bit floats.
+template <typename T, typename Acc>
+struct SlotSeed {
+  T* data;
+  Acc scale;
+  int power;  // 1 or 2
+};
+
+// Seeds one entry, whose bit is set. Returns whether the bit is to be cleared.
+template <typename T, typename Acc>
+inline bool SeedEntry(const SlotSeed<T, Acc>* slots, int count, int64_t entry, Acc gradient) {
+  if (static_cast<Acc>(slots[0].data[entry]) != Acc(0)) return true;
+  if (gradient == Acc(0)) return false;
+  for (int i = 0; i < count; ++i) {
+    const Acc value = slots[i].scale * gradient;
+    slots[i].data[entry] = static_cast<T>(slots[i].power == 2 ? value * gradient : value);
+  }
+  return static_cast<Acc>(slots[0].data[entry]) != Acc(0);
+}
+
+// Seeds the entries [begin, end); begin is a multiple of 8.
+template <typename T, typename Acc>
+void SeedRange(uint8_t* unseeded, const SlotSeed<T, Acc>* slots, int count, const T* gradient, int64_t begin,
+               int64_t end) {
+  for (int64_t byte = begin / 8; byte * 8 < end; ++byte) {
+    uint8_t bits = unseeded[byte];
+    if (bits == 0) continue;
+    for (int bit = 0; bit < 8 && byte * 8 + bit < end; ++bit) {
+      if (!(bits >> bit & 1)) continue;
+      const int64_t entry = byte * 8 + bit;
+      if (SeedEntry(slots, count, entry, static_cast<Acc>(gradient[entry]))) bits &= ~(1u << bit);
+    }
+    unseeded[byte] = bits;
+  }
+}
+
+}  // namespace freezeops
+
+#endif  // FREEZEOPS_KERNELS_SEED_SLOTS_H_

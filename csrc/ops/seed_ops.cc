@@ -1,0 +1,157 @@
+// CPU kernel of SeedSlots.
+
+#include <algorithm>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels/seed_slots.h"
+#include "ops/cpu_helpers.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/register_types.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+
+namespace freezeops {
+namespace {
+
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::Var;
+
+using VarPtr = tensorflow::core::RefCountPtr<Var>;
+
+// Locks variables for writing, in the order of their addresses, so that two ops cannot wait for each other.
+class LockAll {
+ public:
+  explicit LockAll(const std::vector<VarPtr>& variables) {
+    for (const VarPtr& variable : variables) mutexes_.push_back(variable->mu());
+    std::sort(mutexes_.begin(), mutexes_.end());
+    mutexes_.erase(std::unique(mutexes_.begin(), mutexes_.end()), mutexes_.end());
+    for (tensorflow::mutex* mutex : mutexes_) mutex->lock();
+  }
+  ~LockAll() {
+    for (tensorflow::mutex* mutex : mutexes_) mutex->unlock();
+  }
+  LockAll(const LockAll&) = delete;
+  LockAll& operator=(const LockAll&) = delete;
+
+ private:
+  std::vector<tensorflow::mutex*> mutexes_;
+};
+
+template <typename T, typename Acc>
+class SeedSlotsOp : public tensorflow::OpKernel {
+ public:
+  explicit SeedSlotsOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("size", &size_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("sparse", &sparse_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    const Tensor& values = ctx->input(1);
+    const Tensor& indices = ctx->input(2);
+    const Tensor& scales = ctx->input(3);
+    const int count = static_cast<int>(powers_.size());
+    OP_REQUIRES(ctx, scales.dims() == 1 && scales.dim_size(0) == count && ctx->num_inputs() == 4 + count,
+                InvalidArgument("scales and slots must be as many as powers, ", count, ". Received: scales of shape ",
+                                scales.shape().DebugString(), ", ", ctx->num_inputs() - 4, " slots"));
+    int64_t width = 1;
+    if (sparse_) {
+      OP_REQUIRES(
+          ctx, values.dims() >= 1 && indices.dims() == 1 && values.dim_size(0) == indices.dim_size(0),
+          InvalidArgument("values must have one row for each index. Received: values of shape ",
+                          values.shape().DebugString(), ", indices of shape ", indices.shape().DebugString()));
+      for (int i = 1; i < values.dims(); ++i) width *= values.dim_size(i);
+    } else {
+      OP_REQUIRES(ctx, values.NumElements() == size_,
+                  InvalidArgument("values must have the ", size_, " entries of the slots. Received: values of shape ",
+                                  values.shape().DebugString()));
+    }
+
+    // The bits first, then the slots.
+    std::vector<VarPtr> variables(1 + count);
+    for (int i = 0; i <= count; ++i) {
+      OP_REQUIRES_OK(
+          ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, i == 0 ? 0 : 3 + i), &variables[i]));
+    }
+    {
+      tensorflow::tf_shared_lock lock(*variables[0]->mu());
+      OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
+      if (AllZero(*variables[0]->tensor())) return;  // as in every step but those after an unfreezing
+    }
+    LockAll lock(variables);
+    OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
+    for (int i = 0; i <= count; ++i) {
+      Tensor* value = variables[i]->tensor();
+      if (i > 0) {
+        OP_REQUIRES(ctx, value->dtype() == tensorflow::DataTypeToEnum<T>::v() && value->NumElements() == size_,
+                    InvalidArgument("slots must have ", size_, " entries of the values' dtype. Received: a slot of ",
+                                    tensorflow::DataTypeString(value->dtype()), " and shape ",
+                                    value->shape().DebugString()));
+      }
+      if (!value->RefCountIsOne()) OP_REQUIRES_OK(ctx, Unshare(ctx, value));
+    }
+
+    std::vector<SlotSeed<T, Acc>> slots(count);
+    for (int i = 0; i < count; ++i) {
+      slots[i] = {variables[i + 1]->tensor()->flat<T>().data(), static_cast<Acc>(scales.vec<double>()(i)),
+                  static_cast<int>(powers_[i])};
+    }
+    uint8_t* bits = variables[0]->tensor()->flat<uint8_t>().data();
+    const T* gradient = values.flat<T>().data();
+    if (!sparse_) {
+      ParallelForEntries(ctx, size_, sizeof(T), [&](int64_t begin, int64_t end) {
+        SeedRange(bits, slots.data(), count, gradient, begin, end);
+      });
+      return;
+    }
+
+    // Rows may be named more than once: their gradients add up.
+    std::unordered_map<int64_t, std::vector<Acc>> rows;
+    for (int64_t i = 0; i < indices.dim_size(0); ++i) {
+      const int64_t row = indices.vec<int64_t>()(i);
+      OP_REQUIRES(ctx, row >= 0 && (row + 1) * width <= size_,
+                  InvalidArgument("indices must be rows of the slots' ", size_, " entries. Received: index ", row,
+                                  " with rows of ", width));
+      std::vector<Acc>& sum = rows.try_emplace(row, width, Acc(0)).first->second;
+      for (int64_t j = 0; j < width; ++j) sum[j] += static_cast<Acc>(gradient[i * width + j]);
+    }
+    for (const auto& [row, sum] : rows) {
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t entry = row * width + j;
+        const uint8_t bit = uint8_t(1) << entry % 8;
+        if ((bits[entry / 8] & bit) && SeedEntry(slots.data(), count, entry, sum[j])) bits[entry / 8] &= ~bit;
+      }
+    }
+  }
+
+ private:
+  absl::Status CheckBits(const Tensor& bits) const {
+    if (bits.dtype() == tensorflow::DT_UINT8 && bits.NumElements() == (size_ + 7) / 8) return absl::OkStatus();
+    return InvalidArgument("unseeded must have one bit for each of ", size_, " entries. Received: unseeded of ",
+                           tensorflow::DataTypeString(bits.dtype()), " and shape ", bits.shape().DebugString());
+  }
+
+  static bool AllZero(const Tensor& bits) {
+    const uint8_t* data = bits.flat<uint8_t>().data();
+    return std::all_of(data, data + bits.NumElements(), [](uint8_t byte) { return byte == 0; });
+  }
+
+  int64_t size_ = 0;
+  bool sparse_ = false;
+  std::vector<int64_t> powers_;
+};
+
+#define FREEZEOPS_REGISTER(T, ACC)                                                                           \
+  REGISTER_KERNEL_BUILDER(Name("Freezeops>SeedSlots").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
+                          SeedSlotsOp<T, ACC>)
+FREEZEOPS_REGISTER(Eigen::half, float);
+FREEZEOPS_REGISTER(Eigen::bfloat16, float);
+FREEZEOPS_REGISTER(float, float);
+FREEZEOPS_REGISTER(double, double);
+#undef FREEZEOPS_REGISTER
+
+}  // namespace
+}  // namespace freezeops

@@ -1,0 +1,138 @@
+"""What happens to the slots of entries that become trainable in the middle of training.
+
+An entry that was frozen has slots that stood still or decayed. Adam, late in training,
+no longer corrects their bias: from zero its first step would be 3.16 learning rates.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import keras
+import tensorflow as tf
+
+from freezeops import keras_internals, layout, ops
+from freezeops.keras_internals import Variable
+from freezeops.layout import Layout
+from freezeops.mask import Mask
+from freezeops.slots import Slot
+
+Policy = Literal["seed", "zero", "keep"]
+
+POLICIES = ("seed", "zero", "keep")
+
+
+class VariableSlots:
+    """The slots of one variable, and what becomes of them when its entries are unfrozen.
+
+    Under the policy `"seed"` a variable with a second moment has a bit for each entry:
+    whether its moments are still to be seeded with its first gradient that is not zero.
+
+    Args:
+        variable: The model's variable.
+        optimizer: The optimizer that owns the slots, built.
+        slots: The variable's slots of known role.
+        policy: One of `POLICIES`.
+    """
+
+    def __init__(
+        self,
+        variable: Variable,
+        optimizer: keras.optimizers.Optimizer,
+        slots: Sequence[tuple[Slot, Variable]],
+        policy: Policy,
+    ):
+        self._variable = variable
+        self._optimizer = optimizer
+        self._policy = policy
+        self._resettable = [(slot, state) for slot, state in slots if slot.role != "weight"]
+        # The guard, a second moment, comes first: see `ops.seed_slots`.
+        second = [(slot, state) for slot, state in slots if slot.role == "second_moment"]
+        first = [(slot, state) for slot, state in slots if slot.role == "first_moment" and slot.scale]
+        self._seeded = second + first if policy == "seed" and second else []
+        self._size = int(tf.TensorShape(variable.shape).num_elements())
+        self._before: tuple[int, Mask] | None = None
+        self.unseeded: keras.Variable | None = None
+
+    @property
+    def unseeded_bytes(self) -> int:
+        """Length of `unseeded`."""
+        return Layout(1, self._size, 1).packed_bytes
+
+    def change(self, old: Mask, new: Mask, mask_layout: Layout) -> None:
+        """Carries the policy out for the entries that a change of the mask makes trainable.
+
+        Several changes between two steps count as one.
+
+        Args:
+            old: The mask until now.
+            new: The mask from now on.
+            mask_layout: A layout that holds both.
+        """
+        steps = int(keras_internals.step_count(self._optimizer))
+        if self._before is None or self._before[0] != steps:
+            self._before = (steps, old)
+        newly = new & ~self._before[1]
+        if self.unseeded is not None:
+            elements = layout.elementwise(new.shape)
+            waiting = Mask(new.shape, elements, self.unseeded.numpy()) & new
+            if steps:
+                waiting = waiting | newly
+            self.unseeded.assign(waiting.with_layout(elements).packed)
+        if not steps or not newly.count() or self._policy == "keep":
+            return  # Before the first step every slot is as in a new optimizer.
+        keep = tf.constant((~newly).with_layout(mask_layout).packed)
+        for slot, state in self._resettable:
+            initial = tf.fill([self._size], tf.cast(slot.initial(self._optimizer), state.dtype))
+            for component in keras_internals.components(state):
+                ops.restore_frozen(component, keep, initial, mask_layout)
+
+    @property
+    def seeded(self) -> list[Slot]:
+        """The slots that are seeded, the guard first; none where nothing is."""
+        return [slot for slot, _ in self._seeded]
+
+    def seed(self, gradient: Any, component: tf.Variable, scales: Sequence[tf.Tensor]) -> None:
+        """Seeds what waits for it; called where the optimizer updates the variable.
+
+        Args:
+            gradient: What the optimizer is given in the end: summed, unscaled, clipped.
+            component: The copy of the variable that is updated.
+            scales: The factor of each slot in `seeded`, float64 scalars.
+        """
+        assert self.unseeded is not None
+
+        def beside(variable: Variable) -> tf.Variable:
+            return keras_internals.component_beside(variable, self._variable, component)
+
+        ops.seed_slots(
+            beside(self.unseeded),
+            tf.cast(gradient, component.dtype),
+            scales,
+            [beside(state) for _, state in self._seeded],
+            [2 if slot.role == "second_moment" else 1 for slot, _ in self._seeded],
+        )
+
+
+class Seeding(keras_internals.StepHook):
+    """Seeds the slots of an optimizer's variables, right before it uses them."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, VariableSlots] = {}
+
+    def add(self, variable: Variable, slots: VariableSlots) -> None:
+        """Includes a variable, whose `unseeded` is there."""
+        self._slots[keras_internals.variable_key(variable)] = slots
+
+    def begin(self, optimizer: keras.optimizers.Optimizer) -> dict[Slot, tf.Tensor]:
+        """The factor of each seed in this step; most variables share them."""
+        steps = tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.float64)
+        seeded = {slot for slots in self._slots.values() for slot in slots.seeded}
+        return {
+            slot: tf.cast(1.0 if slot.scale is None else slot.scale(optimizer, steps), tf.float64) for slot in seeded
+        }
+
+    def update(self, prepared: dict[Slot, tf.Tensor], gradient: Any, variable: tf.Variable) -> None:
+        """Seeds the slots of one variable, if it has any that can be."""
+        slots = self._slots.get(keras_internals.variable_key(variable))
+        if slots is not None:
+            slots.seed(gradient, variable, [prepared[slot] for slot in slots.seeded])
