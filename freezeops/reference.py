@@ -170,16 +170,16 @@ def seed_slots(
 ) -> None:
     """Starts the slots of entries that were unfrozen late from their first gradient that is not zero.
 
-    Where an entry's bit is set, its entry of the first slot is zero and its gradient is
-    not, each slot becomes `scale * gradient**power`. A bit is cleared once its entry of
-    the first slot is not zero any more; both are looked at, so that an implementation
-    that never clears bits (XLA's) gives the same slots.
+    Where an entry's bit is set, each slot that is zero becomes `scale * gradient**power`.
+    The bit is cleared once the first slot is not zero any more, with `tf.IndexedSlices`
+    perhaps only when its row is named. Both are looked at, so that an implementation that
+    never clears bits (XLA's) gives the same slots.
 
     Args:
         unseeded: `uint8` variable of one bit per entry, little bit order.
         gradient: Of the slots' shape and dtype; `tf.IndexedSlices` may repeat rows.
         scales: A float64 scalar for each slot.
-        slots: Variables of the model variable's shape and dtype. The first one guards.
+        slots: Variables of the model variable's shape and dtype.
         powers: 1 or 2 for each slot.
     """
     shape = slots[0].shape
@@ -189,15 +189,13 @@ def seed_slots(
     def seed() -> None:
         bits = _unpack(unseeded.read_value(), size)
         dense = tf.reshape(tf.cast(tf.convert_to_tensor(tf.cast(gradient, wide)), wide), [size])
-        guard = tf.reshape(slots[0].read_value(), [size])
-        due = bits & (dense != 0) & (tf.cast(guard, wide) == 0)
         for slot, scale, power in zip(slots, scales, powers, strict=True):
             value = tf.cast(scale, wide) * dense
             value = tf.cast(value * dense if power == 2 else value, slot.dtype)
             flat = tf.reshape(slot.read_value(), [size])
-            slot.assign(tf.reshape(_select(due, value, flat), shape))
-        guard = tf.reshape(slots[0].read_value(), [size])
-        unseeded.assign(_pack(bits & (tf.cast(guard, wide) == 0)))
+            slot.assign(tf.reshape(_select(bits & (tf.cast(flat, wide) == 0), value, flat), shape))
+        first = tf.cast(tf.reshape(slots[0].read_value(), [size]), wide)
+        unseeded.assign(_pack(bits & (first == 0)))
 
     def nothing() -> None:
         pass

@@ -45,7 +45,7 @@ class VariableSlots:
         self._optimizer = optimizer
         self._policy = policy
         self._resettable = [(slot, state) for slot, state in slots if slot.role != "weight"]
-        # The guard, a second moment, comes first: see `ops.seed_slots`.
+        # A second moment comes first: by it `ops.seed_slots` sees what has been seeded.
         second = [(slot, state) for slot, state in slots if slot.role == "second_moment"]
         first = [(slot, state) for slot, state in slots if slot.role == "first_moment" and slot.scale]
         self._seeded = second + first if policy == "seed" and second else []
@@ -88,7 +88,7 @@ class VariableSlots:
 
     @property
     def seeded(self) -> list[Slot]:
-        """The slots that are seeded, the guard first; none where nothing is."""
+        """The slots that are seeded; none where nothing is."""
         return [slot for slot, _ in self._seeded]
 
     def seed(self, gradient: Any, component: tf.Variable, scales: Sequence[tf.Tensor]) -> None:

@@ -260,3 +260,79 @@ def test_shapes_under_xla(shape, layout, dtype):
         results.append((output.numpy(), variable.numpy()))
     for native, twin in zip(*results, strict=True):
         assert_same_bits(native, twin)
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@settings(SETTINGS, max_examples=40)
+@given(
+    rows=st.sampled_from([0, 1, 7, 8, 64, 65, 300]),
+    width=st.sampled_from([1, 3, 8, 13, 130]),
+    named=st.sampled_from([None, 1, 5, 40]),
+    dtype=st.sampled_from(list(DTYPES)),
+    waiting=DENSITIES,
+    powers=st.sampled_from([[2], [2, 1], [2, 2, 1]]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_seed_slots(mode, rows, width, named, dtype, waiting, powers, seed):
+    rng = np.random.default_rng(seed)
+    size = rows * width
+
+    def some(shape, zeros):
+        values = np.where(rng.random(shape) < zeros, 0.0, rng.normal(size=shape))
+        return values.astype(DTYPES[dtype])
+
+    gradient = some((rows, width), 0.4)
+    if named is not None and rows:
+        # Whole numbers, so that repeated rows add up to the same in any order.
+        values = rng.integers(-2, 3, (named, width)).astype(DTYPES[dtype])
+        gradient = tf.IndexedSlices(values, rng.integers(0, rows, named), (rows, width))
+    bits = np.packbits(rng.random(size) < waiting, bitorder="little")
+    slots = [some((rows, width), 0.7) for _ in powers]
+    scales = [tf.constant(value, tf.float64) for value in rng.random(len(powers))]
+    results = []
+    for library in (ops, reference):
+        unseeded, variables = tf.Variable(bits), [tf.Variable(slot) for slot in slots]
+
+        def step(library=library, unseeded=unseeded, variables=variables):
+            given = gradient
+            if isinstance(given, tf.IndexedSlices):
+                given = tf.IndexedSlices(
+                    tf.constant(given.values), tf.constant(given.indices), tf.constant(given.dense_shape, tf.int64)
+                )
+            library.seed_slots(unseeded, given, scales, variables, powers)
+
+        in_mode(step, mode if library is ops else "eager")()
+        results.append([unseeded.numpy(), *(variable.numpy() for variable in variables)])
+    native, twin = results
+    for actual, expected in zip(native[1:], twin[1:], strict=True):
+        if mode == "jit":  # which may use another order of roundings
+            close = np.isclose(
+                actual.astype(float), expected.astype(float), rtol=1e-2 if DTYPES[dtype].itemsize == 2 else 1e-6
+            )
+            assert close.all()
+        else:
+            assert_same_bits(actual, expected)
+    if mode != "jit" and named is None:
+        assert_same_bits(native[0], twin[0])
+    assert not (twin[0] & ~native[0]).any(), "a bit was cleared too early"
+    untouched = ~np.unpackbits(bits, count=size, bitorder="little").astype(bool)
+    for actual, slot in zip(native[1:], slots, strict=True):
+        assert_same_bits(actual.reshape(-1)[untouched], slot.reshape(-1)[untouched])
+
+
+def test_seed_slots_refuses_what_does_not_fit():
+    bits, slot = tf.Variable(np.zeros(2, np.uint8)), tf.Variable(np.zeros((3, 4), "float32"))
+    one = [tf.constant(1.0, tf.float64)]
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match="12 entries"):
+        ops.seed_slots(bits, tf.zeros([11]), one, [slot], [2])
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match="powers must be 1 or 2. Received: power 3"):
+        ops.seed_slots(bits, tf.zeros([3, 4]), one, [slot], [3])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="one bit for each of 12 entries"):
+        ops.seed_slots(tf.Variable(np.zeros(3, np.uint8)), tf.zeros([3, 4]), one, [slot], [2])
+    bits.assign([255, 15])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a slot of double"):
+        ops.seed_slots(bits, tf.zeros([3, 4]), one, [tf.Variable(np.zeros((3, 4)))], [2])
+    slices = tf.IndexedSlices(tf.ones([1, 4]), tf.constant([3]), tf.constant([3, 4]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="index 3"):
+        ops.seed_slots(bits, slices, one, [slot], [2])
+    assert not slot.numpy().any()

@@ -1,8 +1,8 @@
 // Seeding: the slots of an entry that was unfrozen late start from its own first gradient that is not zero.
 //
-// An entry is seeded when its bit in `unseeded` is set, its guard (its entry of the first slot) is still zero and its
-// gradient is not: each slot becomes scale * gradient^power. A bit is cleared once its guard is not zero any more. Both
-// are asked for, so that an implementation that never clears bits gives the same slots.
+// Where an entry's bit in `unseeded` is set, each slot that is zero becomes scale * gradient^power. The bit is cleared
+// once the first slot is not zero any more. Both are looked at, so that an implementation that never clears bits gives
+// the same slots.
 
 #ifndef FREEZEOPS_KERNELS_SEED_SLOTS_H_
 #define FREEZEOPS_KERNELS_SEED_SLOTS_H_
@@ -22,9 +22,8 @@ struct SlotSeed {
 // Seeds one entry, whose bit is set. Returns whether the bit is to be cleared.
 template <typename T, typename Acc>
 inline bool SeedEntry(const SlotSeed<T, Acc>* slots, int count, int64_t entry, Acc gradient) {
-  if (static_cast<Acc>(slots[0].data[entry]) != Acc(0)) return true;
-  if (gradient == Acc(0)) return false;
   for (int i = 0; i < count; ++i) {
+    if (static_cast<Acc>(slots[i].data[entry]) != Acc(0)) continue;
     const Acc value = slots[i].scale * gradient;
     slots[i].data[entry] = static_cast<T>(slots[i].power == 2 ? value * gradient : value);
   }

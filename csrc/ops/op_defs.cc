@@ -1,6 +1,5 @@
 // The ops' signatures and shape functions. Kernels: mask_ops.cc, variable_ops.cc, seed_ops.cc (CPU), xla_kernels.cc.
 
-#include <algorithm>
 #include <vector>
 
 #include "ops/layout_attr.h"
@@ -133,10 +132,9 @@ absl::Status SeedSlotsShape(InferenceContext* c) {
   int64_t size = 0;
   TF_RETURN_IF_ERROR(c->GetAttr("N", &count));
   TF_RETURN_IF_ERROR(c->GetAttr("size", &size));
-  const bool known = std::all_of(powers.begin(), powers.end(), [](int64_t power) { return power == 1 || power == 2; });
-  if (size < 0 || !known || static_cast<int32_t>(powers.size()) != count) {
-    return InvalidArgument("powers must be 1 or 2, one for each of the ", count, " slots, and size not negative. ",
-                           "Received: powers=[", absl::StrJoin(powers, ", "), "], size=", size);
+  if (size < 0 || static_cast<int32_t>(powers.size()) != count) {
+    return InvalidArgument("powers must be as many as slots, ", count, ", and size not negative. Received: powers=[",
+                           absl::StrJoin(powers, ", "), "], size=", size);
   }
   ShapeHandle scales, indices;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &indices));
@@ -234,8 +232,8 @@ REGISTER_OP("Freezeops>SeedSlots")
     .Doc(R"doc(
 Starts the slots of entries that were unfrozen late from their first gradient that is not zero.
 
-Where an entry's bit in `unseeded` is set, its entry of the first slot is zero and its gradient is not, each slot
-becomes scale * gradient^power. Bits whose entry of the first slot is not zero any more may be cleared.
+Where an entry's bit in `unseeded` is set, each slot that is zero becomes scale * gradient^power. Bits whose entry of
+the first slot is not zero any more may be cleared.
 
 unseeded: A uint8 variable of one bit for each entry, little bit order.
 values: The gradient; or the values of an IndexedSlices.

@@ -1,6 +1,8 @@
 // CPU kernel of SeedSlots.
 
 #include <algorithm>
+#include <memory>
+#include <set>
 #include <unordered_map>
 #include <vector>
 
@@ -25,19 +27,13 @@ using VarPtr = tensorflow::core::RefCountPtr<Var>;
 class LockAll {
  public:
   explicit LockAll(const std::vector<VarPtr>& variables) {
-    for (const VarPtr& variable : variables) mutexes_.push_back(variable->mu());
-    std::sort(mutexes_.begin(), mutexes_.end());
-    mutexes_.erase(std::unique(mutexes_.begin(), mutexes_.end()), mutexes_.end());
-    for (tensorflow::mutex* mutex : mutexes_) mutex->lock();
+    std::set<Var*> ordered;
+    for (const VarPtr& variable : variables) ordered.insert(variable.get());
+    for (Var* variable : ordered) locks_.push_back(std::make_unique<tensorflow::mutex_lock>(*variable->mu()));
   }
-  ~LockAll() {
-    for (tensorflow::mutex* mutex : mutexes_) mutex->unlock();
-  }
-  LockAll(const LockAll&) = delete;
-  LockAll& operator=(const LockAll&) = delete;
 
  private:
-  std::vector<tensorflow::mutex*> mutexes_;
+  std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks_;
 };
 
 template <typename T, typename Acc>
@@ -47,6 +43,9 @@ class SeedSlotsOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("size", &size_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("sparse", &sparse_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
+    for (const int64_t power : powers_) {
+      OP_REQUIRES(ctx, power == 1 || power == 2, InvalidArgument("powers must be 1 or 2. Received: power ", power));
+    }
   }
 
   void Compute(OpKernelContext* ctx) override {

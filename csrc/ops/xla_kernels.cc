@@ -242,7 +242,7 @@ class RestoreFrozenXlaOp : public XlaOpKernel {
   DataType dtype_;
 };
 
-// Never clears a bit: an entry whose bit is set counts as seeded once its guard is not zero.
+// Never clears a bit: slots that are not zero count as seeded.
 class SeedSlotsXlaOp : public XlaOpKernel {
  public:
   explicit SeedSlotsXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
@@ -281,21 +281,16 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     }
     gradient = xla::Reshape(gradient, shape.dim_sizes());
 
-    const auto all_bits = [&](XlaOp condition) {
-      return xla::Sub(xla::Zero(builder, integers), xla::ConvertElementType(condition, integers));
-    };
-    const XlaOp live = all_bits(xla::Ne(gradient, xla::ScalarLike(gradient, 0)));
-    const XlaOp empty = all_bits(xla::Eq(slots[0], xla::ScalarLike(slots[0], 0)));
-    const XlaOp seeded = xla::And(xla::And(TrainableBits(bits, layout, shape, integers), live), empty);
+    const XlaOp unseeded = TrainableBits(bits, layout, shape, integers);
     const XlaOp scales = xla::ConvertElementType(ctx->Input(3), wide);
     for (int i = 0; i < count; ++i) {
-      const XlaOp scale = xla::Reshape(xla::SliceInDim(scales, i, i + 1, 1, 0), {});
-      XlaOp seed = xla::Mul(gradient, scale);
+      XlaOp seed = xla::Mul(gradient, xla::Reshape(xla::SliceInDim(scales, i, i + 1, 1, 0), {}));
       if (powers_[i] == 2) seed = xla::Mul(seed, gradient);
-      seed = xla::BitcastConvertType(xla::ConvertElementType(seed, type), integers);
-      const XlaOp slot = xla::BitcastConvertType(slots[i], integers);
-      const XlaOp joined = xla::Or(xla::And(seeded, seed), xla::And(xla::Not(seeded), slot));
-      OP_REQUIRES_OK(ctx, ctx->AssignVariable(4 + i, dtype_, xla::BitcastConvertType(joined, type)));
+      const XlaOp empty = xla::ConvertElementType(xla::Eq(slots[i], xla::ScalarLike(slots[i], 0)), integers);
+      const XlaOp due = xla::And(unseeded, xla::Sub(xla::Zero(builder, integers), empty));
+      const XlaOp chosen = xla::And(due, xla::BitcastConvertType(xla::ConvertElementType(seed, type), integers));
+      const XlaOp kept = xla::And(xla::Not(due), xla::BitcastConvertType(slots[i], integers));
+      OP_REQUIRES_OK(ctx, ctx->AssignVariable(4 + i, dtype_, xla::BitcastConvertType(xla::Or(chosen, kept), type)));
     }
   }
 
