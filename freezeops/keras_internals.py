@@ -51,6 +51,34 @@ def component_beside(other: Variable, variable: Variable, component: tf.Variable
     return other.values[next(i for i, copy in enumerate(copies) if copy is component)]
 
 
+def byte_variable(values: np.ndarray, name: str) -> keras.Variable:
+    """A non-trainable `uint8` variable, mirrored under a `tf.distribute.Strategy`.
+
+    Where there are several workers, it begins with the chief's values in all of them, as
+    other variables do. TensorFlow 2.21 cannot broadcast bytes, so they travel as integers
+    and the variable itself is created as if there were one worker.
+    """
+    extended = tf.distribute.get_strategy().extended
+    workers = getattr(extended, "_num_workers", 1)
+    if workers > 1:
+        padded = np.pad(values, (0, -len(values) % 4)).view(np.int32)
+        sent = tf.Variable(padded, trainable=False).values[0].numpy()
+        values = sent.view(np.uint8)[: len(values)]
+        extended._num_workers = 1
+    try:
+        return keras.Variable(
+            lambda shape, dtype: tf.constant(values, dtype=dtype),
+            shape=values.shape,
+            dtype="uint8",
+            trainable=False,
+            aggregation="only_first_replica",
+            name=name,
+        )
+    finally:
+        if workers > 1:
+            extended._num_workers = workers
+
+
 def is_variable(x: Any) -> bool:
     """Whether `x` is a Keras or TensorFlow variable."""
     return isinstance(x, keras.Variable | tf.Variable)

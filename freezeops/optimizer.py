@@ -390,14 +390,8 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
             keras.name_scope(self.name),
             self._distribution_strategy.extended.colocate_vars_with(keras_internals.tf_variable(variable)),
         ):
-            bits = keras.Variable(
-                lambda shape, dtype: tf.constant(packed, dtype=dtype),
-                shape=packed.shape,
-                dtype="uint8",
-                trainable=False,
-                aggregation="only_first_replica",
-                name=f"{keras_internals.variable_path(variable).replace('/', '_')}_{what}",
-            )
+            path = keras_internals.variable_path(variable).replace("/", "_")
+            bits = keras_internals.byte_variable(packed, f"{path}_{what}")
         self._masks._track_trackable(bits, key)
         return bits
 

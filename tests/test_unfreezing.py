@@ -61,7 +61,7 @@ def first_steps(name, steps, mode="function", policy="seed", frozen_from=0, grad
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_first_step_is_at_most_the_learning_rate(name, mode, backend):
     steps = 40 if mode == "eager" else 400
-    moved, variable, *_ = first_steps(name, steps, mode)
+    moved, *_ = first_steps(name, steps, mode)
     assert (np.abs(moved) <= LR * 1.001).all(), moved / LR
     assert (moved[:7] != 0).all() and (np.sign(moved[:7]) == -np.sign(GRADIENT[:7])).all()
     assert moved[7] == 0 or name == "ScheduleFreeAdamW"

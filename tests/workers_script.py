@@ -1,0 +1,169 @@
+"""One worker of `test_workers.py`: a process of a `MultiWorkerMirroredStrategy` on the loopback interface.
+
+Usage: TF_CONFIG=... python workers_script.py CASE FOLDER
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from common import SETUPS, assert_same_bits
+
+import freezeops as fz
+
+FOLDER = Path(sys.argv[2])
+TASK = json.loads(os.environ["TF_CONFIG"])["task"]["index"] if "TF_CONFIG" in os.environ else None
+strategy = tf.distribute.MultiWorkerMirroredStrategy() if TASK is not None else tf.distribute.get_strategy()
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(32, 6)).astype("float32")
+Y = RNG.normal(size=(32, 3)).astype("float32")
+MASK = RNG.random((6, 12)) < 0.5
+OTHER = RNG.random((6, 12)) < 0.5
+
+
+def make_model():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(12, activation="tanh", name="body"), keras.layers.Dense(3, name="head")]
+    )
+
+
+def value(variable):
+    """What this worker holds."""
+    return np.array(variable.value.values[0] if hasattr(variable.value, "values") else variable.value)
+
+
+class Run:
+    """A model, its optimizer and a step over this worker's part of the global batch."""
+
+    def __init__(self, inner, **options):
+        with strategy.scope():
+            self.model = make_model()
+            self.optimizer = fz.MaskedOptimizer(inner(), masks={"body/kernel": MASK}, **options)
+            self.optimizer.build(self.model.trainable_variables)
+        self.kernel = self.model.get_layer("body").kernel
+        model, optimizer = self.model, self.optimizer
+
+        def replica_step():
+            workers = strategy.num_replicas_in_sync
+            # An equal part of the batch each: the gradients are summed over the workers.
+            part = slice(TASK, None, workers) if TASK is not None else slice(None)
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum((model(X[part]) - Y[part]) ** 2) / len(X)
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+        self.step = tf.function(lambda: strategy.run(replica_step), autograph=False)
+
+
+def report(**arrays):
+    """For the test to compare between workers and runs."""
+    np.savez(FOLDER / f"{sys.argv[1]}_{'one' if TASK is None else TASK}.npz", **arrays)
+
+
+def case_every_optimizer():
+    """Every family; then masks change in mid-training; frozen entries stay, in every worker."""
+    final = {}
+    for name, setup in SETUPS.items():
+        run = Run(lambda setup=setup: setup(weight_decay=0.01))
+        before = value(run.kernel)
+        for _ in range(2):
+            run.step()
+        middle = value(run.kernel)
+        assert_same_bits(middle[~MASK], before[~MASK], name)
+        assert (middle[MASK] != before[MASK]).all(), name
+        run.optimizer.register_mask(run.kernel, OTHER)
+        run.optimizer.freeze("head/bias")
+        for _ in range(2):
+            run.step()
+        after = value(run.kernel)
+        assert_same_bits(after[~OTHER], middle[~OTHER], name)
+        assert (after[OTHER] != middle[OTHER]).all(), name
+        assert int(np.array(run.optimizer.iterations)) == 4
+        final[name] = after
+    report(**final)
+
+
+def case_loss_scale():
+    """A NaN under a frozen entry, in one worker only, skips nothing; under a trainable one, in all of them, it does.
+
+    (In one worker only, under a trainable entry, it ends the run: Keras's LossScaleOptimizer looks at gradients before
+    they are summed, so that one worker waits for the other, which skips. A bare one does the same.)
+    """
+    with strategy.scope():
+        table = keras.Variable(np.ones((4, 3), "float32"), name="table")
+        scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.5), initial_scale=4.0)
+        optimizer = fz.MaskedOptimizer(scaler)
+        optimizer.build([table])
+    optimizer.freeze(table, [0])
+
+    def step(row):
+        bad = np.ones((4, 3), "float32")
+        if TASK == 1 or row == 2:
+            bad[row] = np.nan
+        tf.function(lambda: strategy.run(lambda: optimizer.apply([tf.constant(bad)])), autograph=False)()
+        return value(table)
+
+    first = step(0)
+    assert_same_bits(first[0], np.ones(3, "float32"))
+    assert (first[1:] < 1).all() and float(np.array(scaler.dynamic_scale)) == 4.0
+    second = step(2)
+    assert_same_bits(second, first)
+    assert float(np.array(scaler.dynamic_scale)) == 2.0
+    report(table=second)
+
+
+def case_keras_fit():
+    """Keras's own `fit`, with a bare optimizer."""
+    with strategy.scope():
+        model = make_model()
+        model.compile(keras.optimizers.Adam(), "mse", jit_compile=False)
+    try:
+        model.fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(16), verbose=0)
+    except ValueError as error:
+        assert "PerReplica" in str(error), error
+        report(fails=np.array(True))
+    else:
+        report(fails=np.array(False))
+
+
+def case_resume():
+    """Up to 12 steps, a checkpoint every second one; goes on from the last one that is there."""
+    run = Run(SETUPS["AdamW"])
+    done = tf.Variable(0, dtype=tf.int64)
+    checkpoint = tf.train.Checkpoint(model=run.model, optimizer=run.optimizer, done=done)
+    shared = FOLDER / "checkpoints"
+    # Every worker has to save; only the chief's files are kept.
+    own = shared if TASK in (None, 0) else FOLDER / f"scratch_{TASK}_{os.getpid()}"
+    latest = tf.train.latest_checkpoint(str(shared))
+    if latest:
+        checkpoint.restore(latest).assert_existing_objects_matched()
+    manager = tf.train.CheckpointManager(checkpoint, str(own), max_to_keep=3)
+    start = int(done)
+    (FOLDER / f"started_{TASK}_at_{start}").touch()
+    if start >= 4:
+        assert run.optimizer.mask_for(run.kernel) == fz.Mask.from_array(OTHER)
+    seen = value(run.kernel)
+    for i in range(start, 12):
+        if i == 3:
+            run.optimizer.register_mask(run.kernel, OTHER)
+            seen = value(run.kernel)
+        run.step()
+        mask = MASK if i < 3 else OTHER
+        assert_same_bits(value(run.kernel)[~mask], seen[~mask], f"step {i}")
+        done.assign_add(1)
+        if int(done) % 2 == 0:
+            manager.save(checkpoint_number=int(done))
+            (FOLDER / f"saved_{TASK}_{int(done)}").touch()
+        time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
+    report(**{f"v{i}": value(v) for i, v in enumerate(run.model.trainable_variables + run.optimizer.variables)})
+
+
+if __name__ == "__main__":
+    globals()[f"case_{sys.argv[1]}"]()
+    print(f"{sys.argv[1]} passed", flush=True)
