@@ -26,6 +26,23 @@ def tf_variable(variable: Variable) -> tf.Variable:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def check_strategy(strategy: tf.distribute.Strategy) -> None:
+    """Raises where variables live on parameter servers.
+
+    Their workers update them without waiting for each other: what one remembers another
+    may write before it is put back.
+
+    Raises:
+        NotImplementedError: For such a strategy.
+    """
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    if names & {"ParameterServerStrategyV2", "ParameterServerStrategyV1", "CentralStorageStrategy"}:
+        raise NotImplementedError(
+            "The strategy must be one without parameter servers: tf.distribute.MirroredStrategy or "
+            f"MultiWorkerMirroredStrategy, for example. Received: {type(strategy).__name__}"
+        )
+
+
 def components(variable: Variable) -> list[tf.Variable]:
     """The TensorFlow variables that hold a variable where this is called.
 

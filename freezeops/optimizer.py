@@ -80,6 +80,7 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
     Raises:
         ValueError: If an argument belongs to the inner optimizer, or is unknown.
         TypeError: If `inner_optimizer` is no Keras optimizer.
+        NotImplementedError: In the scope of a strategy with parameter servers.
 
     Example:
 
@@ -108,6 +109,7 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
         **kwargs: Any,
     ):
         _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, kwargs)
+        keras_internals.check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
@@ -310,6 +312,7 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
             keras_internals.mask_before_loss_scaling(scaler, self._mask_for_scaler)
         if self.built:
             return
+        keras_internals.check_strategy(tf.distribute.get_strategy())
         variables = list(variables)
         index = rules.VariableIndex(variables)
         plans = self._plan(index)

@@ -80,12 +80,12 @@ def results(folder, case, tasks):
     return [dict(np.load(folder / f"{case}_{task}.npz")) for task in tasks]
 
 
-def run_alone(case, folder):
-    """The same case in one process without a strategy."""
-    environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+def run_alone(case, folder, **extra):
+    """A case in one process without TF_CONFIG."""
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"} | extra
     command = [sys.executable, str(SCRIPT), case, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and f"{case} passed" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -137,3 +137,7 @@ def test_killed_worker(tmp_path, victim):
         assert actual.keys() == expected.keys()
         for name in expected:
             assert_same_bits(actual[name], expected[name], name)
+
+
+def test_parameter_server_is_refused(tmp_path):
+    run_alone("parameter_server", tmp_path, PORTS=" ".join(map(str, free_ports(2))))

@@ -164,6 +164,29 @@ def case_resume():
     report(**{f"v{i}": value(v) for i, v in enumerate(run.model.trainable_variables + run.optimizer.variables)})
 
 
+def case_parameter_server():
+    """Refused at construction, and where an optimizer that was made outside is built inside."""
+    ports = [int(port) for port in os.environ["PORTS"].split()]
+    cluster = {"worker": [f"127.0.0.1:{ports[0]}"], "ps": [f"127.0.0.1:{ports[1]}"]}
+    servers = [tf.distribute.Server(cluster, job, 0, "grpc", start=True) for job in cluster]
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec(cluster), rpc_layer="grpc")
+    made_before = fz.MaskedOptimizer(keras.optimizers.SGD())
+    with tf.distribute.ParameterServerStrategy(resolver).scope():
+        for attempt in (
+            lambda: fz.MaskedOptimizer(keras.optimizers.SGD()),
+            lambda: made_before.build([keras.Variable(np.ones(3), name="v")]),
+        ):
+            try:
+                attempt()
+            except NotImplementedError as error:
+                assert "without parameter servers" in str(error) and "ParameterServerStrategyV2" in str(error)
+            else:
+                raise AssertionError("not refused")
+    assert not made_before.built and servers
+    print("parameter_server passed", flush=True)
+    os._exit(0)  # the servers cannot be stopped
+
+
 if __name__ == "__main__":
     globals()[f"case_{sys.argv[1]}"]()
     print(f"{sys.argv[1]} passed", flush=True)

@@ -1,0 +1,63 @@
+"""`fit`, killed with SIGKILL at random moments, resumes with masks, slots and frozen bits intact."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common import assert_same_bits
+
+SCRIPT = Path(__file__).with_name("kill_script.py")
+KILLS = int(os.environ.get("FREEZEOPS_KILLS", "5"))
+"""For each way. Set it to 100 for a night."""
+
+SEED = int(os.environ.get("FREEZEOPS_SEED", time.time_ns() % 10**6))
+
+
+def start(way, folder, **environment):
+    command = [sys.executable, str(SCRIPT), way, str(folder)]
+    log = (folder / "log").open("w")
+    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+
+
+def finish(way, folder):
+    process = start(way, folder)
+    assert process.wait(180) == 0, (folder / "log").read_text()[-3000:]
+    return dict(np.load(folder / "done.npz"))
+
+
+@pytest.mark.parametrize("way", ["manager", "keras_file", "backup"])
+def test_killed_at_random_moments(way, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    expected = finish(way, whole)
+    rng = random.Random(f"{SEED} {way}")
+    killed = 0
+    while killed < KILLS and not (broken / "done.npz").exists():
+        (broken / "begun").unlink(missing_ok=True)
+        process = start(way, broken, SLOWLY="1")
+        deadline = time.monotonic() + 120
+        while not (broken / "begun").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 2.5 / KILLS))
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        assert code in (-signal.SIGKILL, 0), (SEED, (broken / "log").read_text()[-3000:])
+        killed += code != 0
+    assert killed >= min(KILLS, 3), "it ended too soon to be killed"
+    actual = finish(way, broken)
+    assert actual.keys() == expected.keys()
+    if way == "backup":
+        # Killed between the weights and the number of the epoch, Keras makes that epoch twice.
+        assert actual["steps"] >= expected["steps"]
+    if actual["steps"] == expected["steps"]:
+        for name in expected:
+            assert_same_bits(actual[name], expected[name], f"{name}, FREEZEOPS_SEED={SEED}")
+    else:
+        assert way == "backup"
