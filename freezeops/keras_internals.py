@@ -128,13 +128,19 @@ def dtype_name(variable: Variable) -> str:
 
 def base_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
     """The optimizers that update variables, behind any wrappers."""
+    for part in wrapped_optimizers(optimizer):
+        if not hasattr(part, "inner_optimizer") and not (_MULTI_OPTIMIZER and isinstance(part, _MULTI_OPTIMIZER)):
+            yield part
+
+
+def wrapped_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
+    """An optimizer and all that it wraps, outermost first."""
+    yield optimizer
     if hasattr(optimizer, "inner_optimizer"):
-        yield from base_optimizers(optimizer.inner_optimizer)
+        yield from wrapped_optimizers(optimizer.inner_optimizer)
     elif _MULTI_OPTIMIZER and isinstance(optimizer, _MULTI_OPTIMIZER):
         for inner in optimizer.optimizers:
-            yield from base_optimizers(inner)
-    else:
-        yield optimizer
+            yield from wrapped_optimizers(inner)
 
 
 def step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
@@ -171,12 +177,12 @@ def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> Non
     """
     if "_freezeops_hook" in vars(optimizer):
         return
-    optimizer._freezeops_hook = _Untracked(hook)
+    optimizer._freezeops_hook = Untracked(hook)
     optimizer._backend_update_step = types.MethodType(_update_step_with_hook, optimizer)
     optimizer.update_step = types.MethodType(_update_with_hook, optimizer)
 
 
-class _Untracked:
+class Untracked:
     """Hides a value from the tracking of Keras and TensorFlow."""
 
     def __init__(self, value: Any):

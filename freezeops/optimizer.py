@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import keras_internals, layout, naming, partition, report, rules, unfreezing
+from freezeops import inner_state, keras_internals, layout, naming, partition, report, rules, unfreezing
 from freezeops.keras_internals import Variable
 from freezeops.mask import Mask
 from freezeops.partition import FullPartition, Partition, PermanentPartition, UnmaskedPartition
@@ -113,6 +113,8 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
+        for part in keras_internals.wrapped_optimizers(inner_optimizer):
+            inner_state.store_once_and_check(part)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._maskable = _Constant(dict(maskable or {}))
@@ -310,6 +312,7 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
         """
         if scaler := keras_internals.loss_scaler_that_builds(self):
             keras_internals.mask_before_loss_scaling(scaler, self._mask_for_scaler)
+            inner_state.store_once_and_check(scaler)
         if self.built:
             return
         keras_internals.check_strategy(tf.distribute.get_strategy())
@@ -327,8 +330,10 @@ class MaskedOptimizer(keras.optimizers.Optimizer):
         ]
         self._state.index = index
         self._find_slots()
-        if self._state.loaded:
-            with tf.init_scope():
+        with tf.init_scope():
+            for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
+                inner_state.assign_waiting(part)
+            if self._state.loaded:
                 self._assign_loaded()
         keras.optimizers.Optimizer.build(self, variables)
         keras_internals.guard_swaps(_guard_of)

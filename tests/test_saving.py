@@ -161,7 +161,7 @@ def test_set_weights():
     other.optimizer.set_weights(weights)
     assert_goes_on(other, model)
     before = [v.numpy() for v in other.optimizer.variables]
-    with pytest.raises(ValueError, match=r"one array per variable of the optimizer, 14"):
+    with pytest.raises(ValueError, match=r"one array per variable of the optimizer, 18"):
         other.optimizer.set_weights(weights[1:])
     with pytest.raises(ValueError, match=r"must have the shapes"):
         other.optimizer.set_weights([*weights[:-1], np.zeros((3, 3))])
@@ -174,17 +174,75 @@ def test_set_weights_before_build():
         fz.MaskedOptimizer(keras.optimizers.Adam()).set_weights([])
 
 
-def test_weights_into_an_optimizer_that_is_not_built(tmp_path):
-    """The masks wait until it is."""
-    model = half_trained(functional, keras.optimizers.SGD(0.1))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_weights_into_an_optimizer_that_is_not_built(tmp_path, scaled):
+    """Masks and slots wait until it is."""
+
+    def inner():
+        adam = keras.optimizers.Adam(0.1)
+        return keras.optimizers.LossScaleOptimizer(adam) if scaled else adam
+
+    model = half_trained(functional, inner())
     model.save_weights(tmp_path / "w.weights.h5")
     other = functional()
-    other.compile(fz.MaskedOptimizer(keras.optimizers.SGD(0.1)), "mse", jit_compile=False)
+    other.compile(fz.MaskedOptimizer(inner()), "mse", jit_compile=False)
     other.load_weights(tmp_path / "w.weights.h5")
     before = kernel(other).numpy()
+    train(model)
     train(other)
+    assert_same_state(other, model)
     assert other.optimizer.mask_for(kernel(other)) == fz.Mask.from_array(MASK)
     assert_same_bits(kernel(other).numpy()[~MASK], before[~MASK])
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_slots_that_do_not_fit_are_refused(tmp_path, built):
+    """Keras warns and goes on without them."""
+    model = half_trained(functional, keras.optimizers.SGD(0.1, momentum=0.9))
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = functional()
+    other.compile(fz.MaskedOptimizer(keras.optimizers.Adam(0.1)), "mse", jit_compile=False)
+    if built:
+        other.optimizer.build(other.trainable_variables)
+        with pytest.raises(ValueError, match=r"6 arrays for 'adam\w*', which has 10 variables"):
+            other.load_weights(tmp_path / "w.weights.h5")
+    else:
+        other.load_weights(tmp_path / "w.weights.h5")
+        with pytest.raises(ValueError, match=r"6 arrays for 'adam\w*', which has 10 variables"):
+            other.optimizer.build(other.trainable_variables)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_loss_scaling_is_stored_once(tmp_path, where):
+    import h5py
+
+    scaler = keras.optimizers.LossScaleOptimizer
+    model = functional()
+    adam = keras.optimizers.Adam(0.1)
+    optimizer = fz.MaskedOptimizer(scaler(adam)) if where == "inside" else scaler(fz.MaskedOptimizer(adam))
+    model.compile(optimizer, "mse", jit_compile=False)
+    train(model)
+    masked = optimizer if where == "inside" else optimizer.inner_optimizer
+    masked.register_mask(kernel(model), MASK)
+    train(model)
+    model.save(tmp_path / "m.keras")
+    model.save_weights(tmp_path / "w.weights.h5")
+    slots = 0
+    with h5py.File(tmp_path / "w.weights.h5") as file:
+
+        def count(name, item):
+            nonlocal slots
+            slots += name.startswith("optimizer/") and getattr(item, "shape", None) == (5, 8)
+
+        file.visititems(count)
+    assert slots == 2
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert_same_state(loaded, model)
+    before = kernel(model).numpy()
+    train(model)
+    train(loaded)
+    assert_same_state(loaded, model)
+    assert_same_bits(kernel(loaded).numpy()[~MASK], before[~MASK])
 
 
 def test_rules_that_wait_are_not_lost_by_saving(tmp_path):

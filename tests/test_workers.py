@@ -108,7 +108,7 @@ def test_loss_scale(tmp_path):
 
 
 def test_keras_fit_still_fails(tmp_path):
-    """So say the docs (docs/training.md). When this fails, Keras has been mended: test `fit` here, and change the docs."""
+    """So says docs/training.md. When this fails, Keras has been mended: test `fit` here, and change the docs."""
     with Cluster("keras_fit", tmp_path) as cluster:
         cluster.wait()
     assert all(result["fails"] for result in results(tmp_path, "keras_fit", [0, 1]))

@@ -1,0 +1,80 @@
+"""How the state of wrapped optimizers is stored: once, and refused where it does not fit.
+
+Keras itself stores what a `LossScaleOptimizer` wraps twice, and skips with a warning what
+does not fit, or what comes before the optimizer is built.
+"""
+
+import types
+from typing import Any
+
+import keras
+import numpy as np
+
+from freezeops.keras_internals import Untracked
+
+
+def store_once_and_check(optimizer: keras.optimizers.Optimizer) -> None:
+    """Changes how one optimizer saves and loads its own variables in Keras's files.
+
+    Wrapped optimizers are saved by Keras beside it. State that is loaded before the
+    optimizer is built waits for `assign_waiting`.
+
+    Args:
+        optimizer: The optimizer. It is changed; once is enough.
+    """
+    if "load_own_variables" not in vars(optimizer):
+        optimizer.save_own_variables = types.MethodType(_save_own_variables, optimizer)
+        optimizer.load_own_variables = types.MethodType(_load_own_variables, optimizer)
+
+
+def assign_waiting(optimizer: keras.optimizers.Optimizer) -> None:
+    """Sets what was loaded before the optimizer was built.
+
+    Raises:
+        ValueError: If it does not fit; no variable of this optimizer was changed then.
+    """
+    waiting = vars(optimizer).get("_freezeops_waiting")
+    if waiting is not None and waiting.value is not None:
+        _assign(optimizer, waiting.value)
+        waiting.value = None
+
+
+def _own_variables(optimizer: Any) -> list[keras.Variable]:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return list(optimizer._variables)
+    return list(optimizer.variables)
+
+
+def _save_own_variables(self: Any, store: Any) -> None:
+    for i, variable in enumerate(_own_variables(self)):
+        store[str(i)] = variable.numpy()
+
+
+def _load_own_variables(self: Any, store: Any) -> None:
+    arrays = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+    if self.built:
+        _assign(self, arrays)
+    else:
+        self._freezeops_waiting = Untracked(arrays)
+
+
+def _assign(optimizer: Any, arrays: list[np.ndarray]) -> None:
+    variables = _own_variables(optimizer)
+    before_build = 1 + isinstance(optimizer._learning_rate, keras.Variable)
+    if len(arrays) in (0, before_build):
+        variables = variables[: len(arrays)]  # saved before it was built
+    elif len(arrays) == len(optimizer.variables):
+        arrays = arrays[: len(variables)]  # as Keras saves it
+    if len(arrays) != len(variables):
+        raise ValueError(
+            "The state of an optimizer in a file must fit the optimizer that loads it. "
+            f"Received: {len(arrays)} arrays for {optimizer.name!r}, which has {len(variables)} variables"
+        )
+    for variable, array in zip(variables, arrays, strict=True):
+        if tuple(variable.shape) != array.shape:
+            raise ValueError(
+                "The state of an optimizer in a file must fit the optimizer that loads it. "
+                f"Received: an array of shape {array.shape} for {variable.path!r} of shape {tuple(variable.shape)}"
+            )
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
