@@ -51,6 +51,7 @@ bench: $(STAMP)
 	$(PY) -m pip install --quiet -e '.[bench]'
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_sparse.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache

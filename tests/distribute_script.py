@@ -120,6 +120,30 @@ def case_change_masks():
     check(kernel, seen[1][0], other)
 
 
+def case_unfreeze():
+    """The slots of late entries are seeded, in every replica the same."""
+    for setup in ("Adam", "RMSprop"):
+        steps = []
+
+        def during(i, optimizer, kernel, steps=steps):
+            if i == 1:
+                optimizer.freeze(kernel, ~MASK)
+            if i == 60:
+                optimizer.unfreeze(kernel)
+            steps.append(copies(kernel))
+
+        _, _, optimizer = loop(SETUPS[setup], steps=63, during=during)
+        for first, second in steps:
+            assert_same_bits(first, second, "replicas differ")
+        for i in (2, 60):
+            assert_same_bits(steps[i][0][~MASK], steps[1][0][~MASK])
+        moved = np.abs(steps[61][0] - steps[60][0])[~MASK] / float(optimizer.learning_rate.numpy())
+        assert (moved > 0.99).all() and (moved < 1.001).all(), moved
+        slots = [v for v in optimizer.inner_optimizer.variables if tuple(v.shape) == MASK.shape]
+        for slot in slots:
+            assert_same_bits(*copies(slot))
+
+
 def case_ema():
     # Without `ema_overwrite_frequency`, which Keras 3.15 cannot do here: it merges replicas inside of a condition.
     kernel, before, optimizer = loop(lambda: keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.7))

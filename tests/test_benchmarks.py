@@ -54,6 +54,16 @@ def test_bench_step(tmp_path):
     assert "peak resident set" in text
 
 
+def test_bench_sparse(tmp_path):
+    data, text = run("bench_sparse.py", "--rows", "2K", "4K", "--repeats", "3", path=tmp_path / "sparse.json")
+    check_facts(data)
+    assert [result["rows"] for result in data["results"]] == [2048, 4096]
+    for result in data["results"]:
+        assert result["ratio"] > 0 and set(result["times"]) == {"bare", "masked"}
+    assert set(data["growth"]) == {"bare", "masked"}
+    assert "4096 named rows" in text
+
+
 @pytest.mark.parametrize("size", ["0", "16X"])
 def test_a_bad_size_is_refused(size):
     command = [sys.executable, str(FOLDER / "bench_ops.py"), "--size", size]
