@@ -100,6 +100,11 @@ def test_every_optimizer(tmp_path, backend):
         np.testing.assert_allclose(first[name], alone[name], atol=2e-2 if name in ("Muon", "Lion") else 2e-4)
 
 
+def test_masks_are_the_chiefs(tmp_path):
+    with Cluster("chief", tmp_path) as cluster:
+        cluster.wait()
+
+
 def test_loss_scale(tmp_path):
     with Cluster("loss_scale", tmp_path) as cluster:
         cluster.wait()

@@ -90,6 +90,17 @@ def case_every_optimizer():
     report(**final)
 
 
+def case_chief():
+    """Workers that were given different masks begin with the chief's, all lengths of packed bits included."""
+    for size in (1, 8, 9, 24, 25, 40, 1000):
+        masks = [np.random.default_rng(seed).random(size) < 0.5 for seed in (1, 2)]
+        with strategy.scope():
+            variable = keras.Variable(np.ones(size, "float32"), name="v")
+            optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(), masks={"v": masks[TASK]})
+            optimizer.build([variable])
+        assert optimizer.mask_for(variable) == fz.Mask.from_array(masks[0]), size
+
+
 def case_loss_scale():
     """A NaN under a frozen entry, in one worker only, skips nothing; under a trainable one, in all of them, it does.
 
