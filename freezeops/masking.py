@@ -55,11 +55,10 @@ class _Store(Protocol):
 class Masking:
     """The part of a `MaskedOptimizer` that no version of Keras has a say in: a mix-in.
 
-    The class that takes it in sets `name`, `inner_optimizer` and `_state`.
+    The class that takes it in sets `name` and `_state`.
     """
 
     name: str
-    inner_optimizer: Any
     _state: State
 
     # What the class that takes this in says.

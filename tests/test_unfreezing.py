@@ -188,8 +188,7 @@ def test_frozen_again_before_it_was_seeded():
 
 
 def test_before_the_first_step_nothing_is_late():
-    variable, optimizer = make(keras.optimizers.RMSprop(LR))
-    optimizer.freeze(variable)
+    variable, optimizer = make(keras.optimizers.RMSprop(LR), masks={"v": False})
     optimizer.unfreeze(variable)
     bare = keras.Variable(np.zeros(64, "float32"), name="v")
     keras.optimizers.RMSprop(LR).apply([tf.constant(GRADIENT)], [bare])
