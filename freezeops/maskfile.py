@@ -1,31 +1,22 @@
 """Files of masks: versioned, keyed by variable path, checked before anything changes.
 
-Format, version 1:
-
-- 16 bytes: `freezeops masks\\n`;
-- 32 bytes: SHA-256 of all that follows;
-- 8 bytes: length of the header, little-endian;
-- the header: JSON with `version`, `polarity`, `bit_order` and `masks`, a list of
-  `path`, `shape` and `layout`;
-- the packed bits of each mask, in that order, without gaps.
+A `checkedfile` whose header has `polarity`, `bit_order` and `masks`, a list of `path`, `shape` and `layout`; behind it
+the packed bits of each mask, in that order, without gaps.
 """
 
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from freezeops import checkedfile
 from freezeops.layout import Layout
 from freezeops.mask import Mask
 from freezeops.optimizer import MaskedOptimizer
 from freezeops.rules import ExactPath
 
-_MAGIC = b"freezeops masks\n"
-_VERSION = 1
+_KIND = checkedfile.Kind(b"freezeops masks\n", 1, "mask file", "save_masks")
 _POLARITY = "1 = trainable"
 _BIT_ORDER = "little"
 
@@ -44,17 +35,13 @@ def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
     """
     masks = optimizer.masks_by_path()
     header = {
-        "version": _VERSION,
         "polarity": _POLARITY,
         "bit_order": _BIT_ORDER,
         "masks": [
             {"path": name, "shape": list(mask.shape), "layout": list(mask.layout)} for name, mask in masks.items()
         ],
     }
-    text = json.dumps(header).encode()
-    body = len(text).to_bytes(8, "little") + text
-    body += b"".join(mask.packed.tobytes() for mask in masks.values())
-    _replace_file(Path(path), _MAGIC + hashlib.sha256(body).digest() + body)
+    checkedfile.write(Path(path), _KIND, header, b"".join(mask.packed.tobytes() for mask in masks.values()))
 
 
 def load_masks(
@@ -91,46 +78,15 @@ def load_masks(
 
 def _read(path: Path) -> dict[str, Mask]:
     """The masks of a file by path, or an error that says what is wrong with it."""
-    content = path.read_bytes()
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"A mask file must be one that `save_masks` wrote, whole. Received: {str(path)!r}: {what}")
-
-    start = len(_MAGIC) + 32
-    if not content.startswith(_MAGIC):
-        raise refuse("it does not begin as a mask file does")
-    if len(content) < start + 8 or hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
-        raise refuse("its checksum is wrong; it is truncated or was altered")
-    length = int.from_bytes(content[start : start + 8], "little")
-    header = json.loads(content[start + 8 : start + 8 + length])
-    if header.get("version") != _VERSION:
-        raise refuse(f"it is of version {header.get('version')!r}, and this freezeops reads {_VERSION}")
+    header, content = checkedfile.read(path, _KIND)
     if header.get("polarity") != _POLARITY or header.get("bit_order") != _BIT_ORDER:
-        raise refuse(f"its polarity is {header.get('polarity')!r}, its bit order {header.get('bit_order')!r}")
+        what = f"its polarity is {header.get('polarity')!r}, its bit order {header.get('bit_order')!r}"
+        raise checkedfile.refusal(path, _KIND, what)
     masks = {}
-    offset = start + 8 + length
+    offset = 0
     for entry in header["masks"]:
         layout = Layout(*entry["layout"])
         bits = np.frombuffer(content, np.uint8, layout.packed_bytes, offset)
         masks[entry["path"]] = Mask(entry["shape"], layout, bits)
         offset += layout.packed_bytes
     return masks
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

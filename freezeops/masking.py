@@ -306,9 +306,7 @@ class Masking:
         partitions = dict(self._state.saved)
         if self._state.built:
             names = naming.unique(self._state.index.paths)
-            partitions = {
-                name: part.get_config() for name, part in zip(names, self._state.partitions, strict=True)
-            }
+            partitions = {name: part.get_config() for name, part in zip(names, self._state.partitions, strict=True)}
         return {"maskable": dict(self._state.maskable), "partitions": partitions}
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -465,9 +463,7 @@ def check_lengths(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         )
 
 
-def check_arguments(
-    masks: Any, maskable: Any, inner_arguments: Sequence[str], arguments: Mapping[str, Any]
-) -> None:
+def check_arguments(masks: Any, maskable: Any, inner_arguments: Sequence[str], arguments: Mapping[str, Any]) -> None:
     """Raises where arguments of a `MaskedOptimizer` are wrong.
 
     Args:

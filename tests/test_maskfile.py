@@ -70,13 +70,13 @@ def test_rename(saved):
 
 def resealed(content, change):
     """The file with its header changed and a checksum that is right again."""
-    start = len(maskfile._MAGIC) + 32
+    start = len(maskfile._KIND.magic) + 32
     length = int.from_bytes(content[start : start + 8], "little")
     header = json.loads(content[start + 8 : start + 8 + length])
     change(header)
     text = json.dumps(header).encode()
     body = len(text).to_bytes(8, "little") + text + content[start + 8 + length :]
-    return maskfile._MAGIC + hashlib.sha256(body).digest() + body
+    return maskfile._KIND.magic + hashlib.sha256(body).digest() + body
 
 
 def flip(content):
