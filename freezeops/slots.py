@@ -1,6 +1,6 @@
 """What the slots of an optimizer mean, so that entries which are unfrozen late can start from sane ones.
 
-Read in Keras 3.15.1, `optimizers/*.py`; older versions that freezeops supports agree.
+Read in Keras 3.15.1 and 3.12.4, `optimizers/*.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import keras
 import tensorflow as tf
 
-from freezeops.keras_internals import Variable
+from freezeops.keras_internals import Variable, variable_path
 
 Role = Literal["first_moment", "second_moment", "history", "weight"]
 
@@ -83,6 +83,7 @@ _DECLARED: dict[str, Mapping[str, Slot]] = {
     "Ftrl": {"_accumulators": Slot("weight"), "_linears": Slot("weight")},
     "Muon": {
         "momentums": Slot("first_moment", _corrected("adam_beta_1")),
+        "adam_momentums": Slot("first_moment", _corrected("adam_beta_1")),  # so called until Keras 3.12
         "adam_velocities": Slot("second_moment", _corrected("adam_beta_2")),
     },
     "ScheduleFreeAdamW": {
@@ -104,8 +105,8 @@ def declare_slots(optimizer_class: type[keras.optimizers.Optimizer], slots: Mapp
 
     Args:
         optimizer_class: A subclass of `keras.optimizers.Optimizer`.
-        slots: By the name of the attribute that holds the list of slot variables, one
-            for each variable that the optimizer was built with.
+        slots: By the name of the attribute that holds the slot variables: a list with one
+            for each variable that the optimizer was built with, or a mapping by path.
 
     Raises:
         TypeError: If the class is no optimizer's, or a value no `Slot`.
@@ -141,7 +142,10 @@ def slots_of(optimizer: keras.optimizers.Optimizer) -> Iterator[tuple[Variable, 
         found = []
         for attribute, slot in declared.items():
             variables = getattr(optimizer, attribute, None) or []
-            state = variables[index] if index < len(variables) else None
+            if isinstance(variables, Mapping):
+                state = variables.get(variable_path(variable))
+            else:
+                state = variables[index] if index < len(variables) else None
             if state is not None and tuple(state.shape) == tuple(variable.shape):
                 found.append((slot, state))
         yield variable, found

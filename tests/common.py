@@ -61,8 +61,10 @@ SETUPS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
 }
 """Every optimizer class of `keras.optimizers`, with its variants."""
 
-# Older versions of Keras lack some.
+# Older versions of Keras lack some, and their own Muon fails on the TensorFlow variables that it is given.
 SETUPS = {name: setup for name, setup in SETUPS.items() if hasattr(_O, name.split()[0])}
+if not hasattr(_O, "ScheduleFreeAdamW"):
+    SETUPS.pop("Muon", None)
 
 OPTIONS: dict[str, dict] = {
     "plain": {},
@@ -81,6 +83,8 @@ NOT_IN_TABLE = {
     "OptimizerMap": "MultiOptimizer's argument: test_multi_optimizer_inside",
 }
 
+if "Muon" not in SETUPS:
+    NOT_IN_TABLE["Muon"] = "fails by itself in this Keras"
 NOT_IN_TABLE = {name: why for name, why in NOT_IN_TABLE.items() if hasattr(_O, name)}
 
 MIXING = ("Lamb", "Adafactor", "Muon")

@@ -95,7 +95,7 @@ def case_one_device():
 
 
 def case_fit():
-    for setup in ("SGD momentum", "AdamW", "Muon"):
+    for setup in ("SGD momentum", "AdamW", "Muon" if "Muon" in SETUPS else "Lamb"):
         with strategy.scope():
             model = make_model()
             optimizer = fz.MaskedOptimizer(SETUPS[setup](), masks={"body/kernel": MASK})

@@ -148,11 +148,7 @@ class Pair:
         return [(a.path, a.numpy(), b.numpy()) for a, b in pairs]
 
 
-# Older versions of Keras lack some classes.
-HERE = [setup for setup in SETUPS if hasattr(keras.optimizers, setup.split()[0])]
-if not IS_MAIN_KERAS:
-    HERE.remove("Muon")  # Keras 3.12's own fails on the variables that it is given.
-NOTHING_FROZEN = [(setup, "plain", mode) for setup in HERE for mode in ("eager", "function")]
+NOTHING_FROZEN = [(setup, "plain", mode) for setup in SETUPS for mode in ("eager", "function")]
 NOTHING_FROZEN += [
     (setup, option, "function")
     for setup in ("SGD momentum", "Adam", "Nadam")
