@@ -1,7 +1,7 @@
 # make demo, make test, make lint, make bench: each sets up .venv first where that is needed.
 #
 #   PYTHON=python3.12        the interpreter to make .venv from
-#   TENSORFLOW=tensorflow-cpu==2.20.*    the TensorFlow to build for
+#   TENSORFLOW=tensorflow==2.20.*    the TensorFlow to build for
 
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow==2.21.*

@@ -4,8 +4,8 @@ Of a sparse fine-tuning few entries differ from the base (LT-SFT, Ansell et al. 
 that one base and many small files stand for many models.
 
 A `checkedfile` whose header has `variables`, a list of `path`, `shape`, `dtype`, `base` (SHA-256 of the base's bytes),
-`changed` (how many entries) and `positions` (`"indices"` or `"bits"`: how their positions are written); behind it, for each,
-the positions and the new values.
+`changed` (how many entries) and `positions` (`"indices"` or `"bits"`: how their positions are written); behind it, for
+each, the positions and the new values.
 """
 
 import hashlib

@@ -307,12 +307,15 @@ def guard_swaps(around: Callable[[Any], AbstractContextManager]) -> None:
     callback._tf_swap_variables = guarded
 
 
-def moving_state(layer: keras.Layer) -> list[str]:
-    """Paths of float state that a layer updates by itself while it is trainable."""
+def moving_state(target: Any) -> list[str]:
+    """Paths of float state that a layer updates by itself while it is trainable; of anything else, none.
+
+    Args:
+        target: A layer of Keras or of tf_keras, or something else.
+    """
     paths = []
-    for part in layer._flatten_layers():
+    for part in target._flatten_layers() if hasattr(target, "_flatten_layers") else ():
         if part.trainable:
-            paths += [
-                variable.path for variable in part._non_trainable_variables if tf.as_dtype(variable.dtype).is_floating
-            ]
+            state = part._non_trainable_variables if isinstance(part, keras.Layer) else part._non_trainable_weights
+            paths += [variable_path(variable) for variable in state if tf.as_dtype(variable.dtype).is_floating]
     return paths

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from freezeops import layout as layouts
 from freezeops import ops, transforms
-from freezeops.keras_internals import Variable, components, dtype_name, variable_path
+from freezeops.keras_internals import Variable, components, dtype_name, tf_variable, variable_path
 from freezeops.layout import Layout
 from freezeops.mask import Mask
 
@@ -229,7 +229,7 @@ class FullPartition(Partition):
                 "A gradient must have the shape of its variable. Received: gradient of shape "
                 f"{shape} for {self.path!r} of shape {tuple(self.variable.shape)}"
             )
-        bits = tf.convert_to_tensor(self.bits.value)
+        bits = tf.convert_to_tensor(tf_variable(self.bits))
         return transforms.mask_with_bits(gradient, bits, self.layout)
 
     def remember(self, rows: tf.Tensor | None = None) -> list[_Snapshot]:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -197,7 +196,7 @@ def flatten_target(target: Any) -> list[Any]:
 
 def warn_of_moving_state(rule: Rule) -> None:
     """Warns where a frozen layer has state that its forward pass goes on changing."""
-    paths = [path for part in rule.target if isinstance(part, keras.Layer) for path in moving_state(part)]
+    paths = [path for part in rule.target for path in moving_state(part)]
     if paths:
         warnings.warn(
             "Freezing a layer freezes its trainable variables. This state still moves in the "
@@ -319,7 +318,7 @@ def layer_variables(layer: Any) -> list[Variable]:
         ValueError: If a Keras layer has not been built and so has none yet.
     """
     variables = list(layer.trainable_variables)
-    if not variables and isinstance(layer, keras.Layer) and not layer.built:
+    if not variables and not getattr(layer, "built", True):
         raise ValueError(
             "A layer must have been built before its variables can be found. "
             f"Received: layer {layer.name!r} without variables. Build the model first, "

@@ -41,7 +41,7 @@ class VariableSlots:
         slots: Sequence[tuple[Slot, Variable]],
         policy: Policy,
     ):
-        self._variable = variable
+        self.variable = variable
         self._optimizer = optimizer
         self._policy = policy
         self._resettable = [(slot, state) for slot, state in slots if slot.role != "weight"]
@@ -102,7 +102,7 @@ class VariableSlots:
         assert self.unseeded is not None
 
         def beside(variable: Variable) -> tf.Variable:
-            return keras_internals.component_beside(variable, self._variable, component)
+            return keras_internals.component_beside(variable, self.variable, component)
 
         ops.seed_slots(
             beside(self.unseeded),

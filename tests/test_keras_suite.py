@@ -169,7 +169,7 @@ def test_nothing_frozen_is_the_inner_optimizer(setup, option, mode):
 
 
 @pytest.mark.parametrize("mode", ["eager", "function"])
-@pytest.mark.parametrize("setup", HERE)
+@pytest.mark.parametrize("setup", SETUPS)
 def test_nothing_frozen_with_sparse_gradients(setup, mode):
     if setup in ("Muon", "Lamb"):
         pytest.skip(f"Keras's {setup} does not take tf.IndexedSlices")
@@ -203,7 +203,7 @@ def ulp_distance(a, b):
     return int(np.abs(ordered[0] - ordered[1]).max(initial=0))
 
 
-@pytest.mark.parametrize("setup", HERE)
+@pytest.mark.parametrize("setup", SETUPS)
 def test_nothing_frozen_under_jit(setup):
     pair = Pair(SETUPS[setup], "jit")
     pair.train()

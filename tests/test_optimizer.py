@@ -52,12 +52,14 @@ def test_schedule():
         optimizer.learning_rate = 0.1
 
 
-def test_variables_are_the_masks_and_the_inner_ones():
-    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam())
+@pytest.mark.parametrize(("policy", "own"), [("keep", 2), ("seed", 4)])
+def test_variables_are_the_masks_and_the_inner_ones(policy, own):
+    """With what waits to be seeded in between."""
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(), unfreeze_policy=policy)
     variables = variables_like((6, 8), (8,))
     optimizer.build(variables)
-    assert [v.dtype for v in optimizer.variables[:2]] == ["uint8", "uint8"]
-    assert [id(v) for v in optimizer.variables[2:]] == [id(v) for v in optimizer.inner_optimizer.variables]
+    assert [v.dtype for v in optimizer.variables[:own]] == ["uint8"] * own
+    assert [id(v) for v in optimizer.variables[own:]] == [id(v) for v in optimizer.inner_optimizer.variables]
     assert not any(v.trainable for v in optimizer.variables)
 
 

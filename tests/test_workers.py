@@ -119,6 +119,17 @@ def test_keras_fit_still_fails(tmp_path):
     assert all(result["fails"] for result in results(tmp_path, "keras_fit", [0, 1]))
 
 
+def test_tf_keras_fit(tmp_path):
+    pytest.importorskip("tf_keras")
+    with Cluster("tf_keras_fit", tmp_path) as cluster:
+        cluster.wait()
+    run_alone("tf_keras_fit", tmp_path)
+    first, second, alone = results(tmp_path, "tf_keras_fit", [0, 1, "one"])
+    for name in alone:
+        assert_same_bits(first[name], second[name], name)
+        np.testing.assert_allclose(first[name], alone[name], atol=2e-4)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_worker(tmp_path, victim):
     """One worker is killed; the cluster starts again from the last checkpoint and ends as if nothing had happened."""

@@ -142,6 +142,40 @@ def case_keras_fit():
         report(fails=np.array("PerReplica" in str(error)))
 
 
+def case_tf_keras_fit():
+    """`fit` through tf_keras."""
+    import tf_keras
+
+    from freezeops.legacy import MaskedOptimizer
+
+    final = {}
+    for name, inner in {
+        "AdamW": lambda: tf_keras.optimizers.AdamW(0.01, weight_decay=0.1),
+        "SGD": lambda: tf_keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=0.5),
+    }.items():
+        with strategy.scope():
+            tf_keras.utils.set_random_seed(3)
+            layers = [tf_keras.layers.Dense(12, activation="tanh", name="body"), tf_keras.layers.Dense(3, name="head")]
+            model = tf_keras.Sequential(layers)
+            model.build((None, 6))
+            optimizer = MaskedOptimizer(inner(), masks={"body/kernel": MASK})
+            model.compile(optimizer, "mse", jit_compile=False)
+        kernel = model.layers[0].kernel
+        before = kernel.numpy()
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+        model.fit(data, epochs=2, verbose=0)
+        middle = kernel.numpy()
+        assert_same_bits(middle[~MASK], before[~MASK], name)
+        assert (middle[MASK] != before[MASK]).all()
+        optimizer.register_mask(kernel, OTHER)
+        model.fit(data, epochs=2, verbose=0)
+        after = kernel.numpy()
+        assert_same_bits(after[~OTHER], middle[~OTHER], name)
+        assert (after[OTHER] != middle[OTHER]).all()
+        final[name] = after
+    report(**final)
+
+
 def case_resume():
     """Up to 12 steps, a checkpoint every second one; goes on from the last one that is there."""
     run = Run(SETUPS["AdamW"])

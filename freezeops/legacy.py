@@ -1,0 +1,404 @@
+"""`MaskedOptimizer` for `tf_keras`, which is Keras 2. Needs the package `tf_keras`.
+
+Read in tf_keras 2.21.0: `optimizers/optimizer.py` and `mixed_precision/loss_scale_optimizer.py`.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from freezeops import keras_internals, masking, rules
+from freezeops.keras_internals import Variable
+from freezeops.masking import FrozenEntries
+from freezeops.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
+
+try:
+    import tf_keras
+except ImportError as error:
+    raise ImportError(
+        "`freezeops.legacy` needs tf_keras of TensorFlow's version: pip install tf_keras=="
+        f"{'.'.join(tf.__version__.split('.')[:2])}.* (or `pip install tf_keras`)"
+    ) from error
+
+_INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "lr", "jit_compile", "mesh")
+
+
+@tf_keras.saving.register_keras_serializable(package="freezeops")
+class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
+    """Trains only the entries that a mask lets through; the others stay bit for bit.
+
+    Wraps any optimizer of `tf_keras.optimizers`, as `freezeops.MaskedOptimizer` wraps
+    those of Keras 3, with the same masks and the same promise. Masks can be changed
+    before the optimizer is built, after it, and from a callback in the middle of `fit`,
+    without retracing. The inner optimizer's slots of entries that become trainable go on
+    with what they hold.
+
+    Args:
+        inner_optimizer: A `tf_keras.optimizers.Optimizer`, `LossScaleOptimizer` included.
+        masks: Optional mapping of path patterns to masks, as by `register_mask`. A path
+            is the variable's name without `:0`, such as `"dense/kernel"`.
+        maskable: Optional mapping of path patterns to `"elements"` (one bit per
+            entry), `"rows"`, `"columns"` or `"none"`: what is set aside for masks
+            when the optimizer is built. By default one bit per entry, or per row or
+            column where the rules given until then ask for no more.
+        name: Optional name.
+
+    Raises:
+        ValueError: If an argument belongs to the inner optimizer, or is unknown.
+        TypeError: If `inner_optimizer` is no optimizer of `tf_keras.optimizers`.
+        NotImplementedError: In the scope of a strategy with parameter servers.
+
+    Example:
+
+    ```python
+    import tf_keras
+    from freezeops.legacy import MaskedOptimizer
+
+    optimizer = MaskedOptimizer(tf_keras.optimizers.AdamW(1e-3))
+    optimizer.freeze("embedding/embeddings", np.s_[:50_000])
+    model.compile(optimizer, loss="sparse_categorical_crossentropy")
+    model.fit(x, y)
+    ```
+    """
+
+    def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> "MaskedOptimizer":
+        """Makes a `MaskedLossScaleOptimizer` around a `LossScaleOptimizer`."""
+        if cls is MaskedOptimizer and isinstance(inner_optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
+            cls = MaskedLossScaleOptimizer
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        inner_optimizer: tf_keras.optimizers.Optimizer,
+        masks: Mapping[Any, Any] | None = None,
+        maskable: Mapping[str, str] | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ):
+        _check_inner(inner_optimizer)
+        masking.check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
+        keras_internals.check_strategy(tf.distribute.get_strategy())
+        # Not `super()`: in `MaskedLossScaleOptimizer` there is another base.
+        tf_keras.optimizers.Optimizer.__init__(self, name or "MaskedOptimizer", weight_decay=None, jit_compile=False)
+        self._inner_optimizer = inner_optimizer
+        self._state = masking.State(maskable)
+        # What `tf.train.Checkpoint` saves: by position, as it saves the slots.
+        self._masks = tf.Module()
+        self.register_masks(masks or {})
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The optimizer that was given."""
+        return self._inner_optimizer
+
+    def _create_iteration_variable(self) -> None:
+        """The inner optimizer counts."""
+
+    # Masks.
+
+    def _after_change(self, positions: set[int]) -> None:
+        for part, average in self._averages():
+            if self._state.index.position(part.variable) in positions:
+                part.put_into_average(average)
+
+    def _averages(self) -> Iterator[tuple[Partition, Variable]]:
+        """The slots of moving averages, each with the partition of its variable."""
+        base = _base_optimizer(self.inner_optimizer)
+        for part in self._state.partitions:
+            if base.use_ema and part.inner_variable is not None:
+                position = base._index_dict[base._var_key(part.variable)]
+                yield part, base._model_variables_moving_average[position]
+
+    # Building.
+
+    def build(self, var_list: Sequence[tf.Variable]) -> None:
+        """Creates the masks and builds the inner optimizer.
+
+        Args:
+            var_list: The trainable variables of the model.
+
+        Raises:
+            ValueError: If a rule matches nothing or does not fit, or the inner optimizer
+                was built with other variables; nothing was created then.
+        """
+        if self._state.built:
+            return
+        keras_internals.check_strategy(tf.distribute.get_strategy())
+        index = rules.VariableIndex(list(var_list))
+        base = _base_optimizer(self.inner_optimizer)
+        inner_built = getattr(base, "_built", False)
+        plans = self._plan(index, inner_built)
+        inner_variables = [
+            variable for variable, plan in zip(index.variables, plans, strict=True) if plan.way != "permanent"
+        ]
+        if inner_built:
+            _check_knows(base, inner_variables)
+        elif inner_variables:
+            self.inner_optimizer.build(inner_variables)
+        self._state.partitions = [
+            self._make_partition(variable, plan, position)
+            for position, (variable, plan) in enumerate(zip(index.variables, plans, strict=True))
+        ]
+        self._state.index = index
+        if self._state.loaded:
+            self._assign_loaded()
+        self._state.built = True
+
+    def _make_partition(self, variable: tf.Variable, plan: Plan, position: int) -> Partition:
+        if plan.way == "permanent":
+            return PermanentPartition(variable)
+        if plan.way == "unmasked":
+            return UnmaskedPartition(variable, plan.reason)
+        assert plan.layout is not None and plan.mask is not None
+        path = keras_internals.variable_path(variable).replace("/", "_")
+        with tf.distribute.get_strategy().extended.colocate_vars_with(variable):
+            bits = keras_internals.byte_variable(plan.mask.packed, f"{self.name}_{path}_mask")
+        self._masks._track_trackable(bits, str(position))
+        return FullPartition(variable, plan.layout, bits)
+
+    def _build_once(self, variables: Sequence[tf.Variable]) -> None:
+        with tf.init_scope():  # as tf_keras: variables are not created in a function's graph
+            self.build(variables)
+
+    # Training.
+
+    def compute_gradients(self, loss: Any, var_list: Any, tape: Any = None) -> list[tuple[Any, tf.Variable]]:
+        """As the inner optimizer does; see tf_keras."""
+        return self.inner_optimizer.compute_gradients(loss, var_list, tape)
+
+    @tf.autograph.experimental.do_not_convert
+    def aggregate_gradients(self, grads_and_vars: Any) -> Any:
+        """Masks gradients and sums them over the replicas.
+
+        A `LossScaleOptimizer` around this optimizer does this first, before it looks
+        whether gradients are finite.
+        """
+        gradients, variables = _unzip(grads_and_vars)
+        masked = self.mask_gradients(gradients, variables)
+        return self.inner_optimizer.aggregate_gradients(list(zip(masked, variables, strict=True)))
+
+    @tf.autograph.experimental.do_not_convert
+    def apply_gradients(
+        self, grads_and_vars: Any, name: str | None = None, skip_gradients_aggregation: bool = False, **kwargs: Any
+    ) -> Any:
+        """Applies one step to the trainable entries.
+
+        Args:
+            grads_and_vars: Pairs of gradient and variable. The variables build the
+                optimizer where it is not.
+            name: As in tf_keras.
+            skip_gradients_aggregation: As in tf_keras: the gradients are summed over
+                the replicas already.
+            **kwargs: As in tf_keras.
+
+        Returns:
+            What the inner optimizer returns.
+
+        Raises:
+            ValueError: If a variable is unknown.
+        """
+        gradients, variables = _unzip(grads_and_vars)
+        if not gradients:
+            return self.iterations  # as in tf_keras: nothing to do, and no step counted
+        masked = self.mask_gradients(gradients, variables)
+        pairs = [
+            (gradient, variable)
+            for gradient, variable in zip(masked, variables, strict=True)
+            if self._partition(variable).inner_variable is not None
+        ]
+        if any(g is not None for g in gradients) and all(g is None for g, _ in pairs):
+            # All with a gradient are frozen for good; the inner optimizer would not count the step.
+            return tf.__internal__.distribute.interim.maybe_merge_call(
+                lambda strategy: self.iterations.assign_add(1), tf.distribute.get_strategy()
+            )
+        with self._frozen_entries():
+            return self.inner_optimizer.apply_gradients(
+                pairs, name=name, skip_gradients_aggregation=skip_gradients_aggregation, **kwargs
+            )
+
+    def _frozen_entries(self) -> FrozenEntries:
+        return FrozenEntries(self._state.partitions, self._averages())
+
+    @tf.autograph.experimental.do_not_convert
+    def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
+        """Lets the inner optimizer finalize (EMA), without a change to frozen entries."""
+        permanent = {
+            keras_internals.variable_key(part.variable)
+            for part in self._state.partitions
+            if part.inner_variable is None
+        }
+        inner = [variable for variable in var_list if keras_internals.variable_key(variable) not in permanent]
+        with self._frozen_entries():
+            self.inner_optimizer.finalize_variable_values(inner)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def _learning_rate(self) -> Any:
+        """Where tf_keras's `TensorBoard` callback looks for a schedule."""
+        return _base_optimizer(self.inner_optimizer)._learning_rate
+
+    @property
+    def iterations(self) -> Any:
+        """The inner optimizer's count of steps."""
+        return self.inner_optimizer.iterations
+
+    @iterations.setter
+    def iterations(self, variable: Any) -> None:
+        self.inner_optimizer.iterations = variable
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[tf.Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from the inner optimizer's weight decay; see tf_keras."""
+        _base_optimizer(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    # State.
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The masks, then the inner optimizer's variables."""
+        masks = [part.bits.value for part in self._state.partitions if isinstance(part, FullPartition)]
+        inner = self.inner_optimizer.variables
+        return type(inner)([*masks, *inner])  # tf_keras's list, which can be called as well
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        if save_type != "checkpoint" and self._state.partitions:
+            warnings.warn(
+                "tf_keras loads no optimizer state from a SavedModel: the loaded model's optimizer freezes nothing "
+                "until its masks are registered again. To go on training save as '.keras' or with tf.train.Checkpoint.",
+                stacklevel=2,
+            )
+        # Not the base class's, which keeps its first answer: the masks may be created after it.
+        children = tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
+        # What tf_keras makes of an optimizer when it loads a SavedModel has a count of its own and wants it loaded.
+        return children if save_type == "checkpoint" else children | {"_iterations": self.iterations}
+
+    def get_config(self) -> dict[str, Any]:
+        """The configuration: the inner optimizer, and each variable's way and layout.
+
+        Holds no mask bits: those are state, and are saved and loaded as such.
+        """
+        inner = tf_keras.optimizers.serialize(self.inner_optimizer)
+        config = {"name": self.name, "inner_optimizer": inner, "is_legacy_optimizer": False}
+        return config | self._mask_config()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "MaskedOptimizer":
+        """An optimizer from `get_config`, with the same ways and layouts and no entry frozen yet."""
+        config = dict(config)
+        config.pop("is_legacy_optimizer", None)
+        inner = config.pop("inner_optimizer")
+        if isinstance(inner, dict):
+            inner = tf_keras.optimizers.deserialize(dict(inner), custom_objects=custom_objects)
+        partitions = config.pop("partitions", {})
+        optimizer = cls(inner, **config)
+        optimizer._state.saved = dict(partitions)
+        return optimizer
+
+
+@tf_keras.saving.register_keras_serializable(package="freezeops")
+class MaskedLossScaleOptimizer(MaskedOptimizer, tf_keras.mixed_precision.LossScaleOptimizer):
+    """What `MaskedOptimizer(LossScaleOptimizer(...))` gives.
+
+    By its type `compile` sees under `mixed_float16` that the loss is scaled, and does not
+    wrap a `LossScaleOptimizer` around. All it does comes from `MaskedOptimizer` and the
+    `LossScaleOptimizer` inside.
+    """
+
+    _is_wrapped_by_loss_scale_optimizer = True  # so that a second one refuses to
+
+    def get_scaled_loss(self, loss: Any) -> Any:
+        """The loss, scaled."""
+        return self.inner_optimizer.get_scaled_loss(loss)
+
+    def get_unscaled_gradients(self, grads: Sequence[Any]) -> list[Any]:
+        """Gradients of the scaled loss, unscaled."""
+        return self.inner_optimizer.get_unscaled_gradients(grads)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale changes by itself."""
+        return self.inner_optimizer.dynamic
+
+    @property
+    def loss_scale(self) -> tf.Tensor:
+        """The scale as it is now."""
+        return self.inner_optimizer.loss_scale
+
+    @property
+    def dynamic_counter(self) -> Any:
+        """The number of steps since the scale last changed."""
+        return self.inner_optimizer.dynamic_counter
+
+    @property
+    def initial_scale(self) -> float:
+        """The scale at first."""
+        return self.inner_optimizer.initial_scale
+
+    @property
+    def dynamic_growth_steps(self) -> int | None:
+        """After how many steps with finite gradients the scale grows."""
+        return self.inner_optimizer.dynamic_growth_steps
+
+
+def _base_optimizer(optimizer: Any) -> Any:
+    """The optimizer that updates variables, behind any wrappers."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def _unzip(grads_and_vars: Any) -> tuple[list[Any], list[tf.Variable]]:
+    pairs = list(grads_and_vars)
+    return [gradient for gradient, _ in pairs], [variable for _, variable in pairs]
+
+
+def _check_inner(inner_optimizer: Any) -> None:
+    received = f"Received: inner_optimizer={inner_optimizer!r} of type {type(inner_optimizer).__name__}"
+    if isinstance(inner_optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`inner_optimizer` must be a tf_keras.optimizers.Optimizer. For an optimizer of Keras 3 use "
+            f"freezeops.MaskedOptimizer. {received}"
+        )
+    if isinstance(inner_optimizer, tf_keras.optimizers.legacy.Optimizer):
+        raise TypeError(
+            "`inner_optimizer` must be a tf_keras.optimizers.Optimizer, not one of tf_keras.optimizers.legacy. "
+            f"Use the class of the same name in tf_keras.optimizers. {received}"
+        )
+    if not isinstance(inner_optimizer, tf_keras.optimizers.Optimizer):
+        raise TypeError(f"`inner_optimizer` must be a tf_keras.optimizers.Optimizer. {received}")
+    outer = inner_optimizer
+    while outer is not None:
+        if isinstance(outer, MaskedOptimizer):
+            raise ValueError(
+                "`inner_optimizer` must not be a MaskedOptimizer itself, nor have one inside: register all masks on "
+                f"one. {received}"
+            )
+        outer = getattr(outer, "inner_optimizer", None)
+    base = _base_optimizer(inner_optimizer)
+    if base._mesh is not None or base._run_with_dtensor:
+        raise ValueError(f"`inner_optimizer` must not be one for DTensor (`mesh`). {received}")
+
+
+def _check_knows(base: Any, variables: Sequence[tf.Variable]) -> None:
+    unknown = [
+        keras_internals.variable_path(variable)
+        for variable in variables
+        if base._var_key(variable) not in base._index_dict
+    ]
+    if unknown:
+        raise ValueError(
+            "`inner_optimizer` must not be built yet, or be built with the variables that are trained. Received: an "
+            f"optimizer built without {unknown}"
+        )
