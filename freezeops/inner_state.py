@@ -51,7 +51,12 @@ def _save_own_variables(self: Any, store: Any) -> None:
 
 
 def _load_own_variables(self: Any, store: Any) -> None:
-    arrays = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+    keys = [str(i) for i in range(len(store.keys()))]
+    if strange := sorted(set(store.keys()) - set(keys)):
+        raise ValueError(
+            f"The state of an optimizer in a file must be arrays that are counted from 0. Received: {strange}"
+        )
+    arrays = [np.array(store[key]) for key in keys]
     if self.built:
         _assign(self, arrays)
     else:

@@ -172,11 +172,9 @@ def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> Non
     clipping, loss scaling, the sum over replicas.
 
     Args:
-        optimizer: One that wraps no other. It is changed; once is enough.
-        hook: What to call.
+        optimizer: One that wraps no other. It is changed.
+        hook: What to call, instead of what was given before.
     """
-    if "_freezeops_hook" in vars(optimizer):
-        return
     optimizer._freezeops_hook = Untracked(hook)
     optimizer._backend_update_step = types.MethodType(_update_step_with_hook, optimizer)
     optimizer.update_step = types.MethodType(_update_with_hook, optimizer)

@@ -124,6 +124,11 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             if self._state.index.position(part.variable) in positions:
                 part.put_into_average(average)
 
+    def _assign_loaded(self) -> None:
+        super()._assign_loaded()
+        for slots in self._state.slots.values():
+            slots.forget_changes()
+
     def _averages(self) -> Iterator[tuple[Partition, Variable]]:
         """The slots of moving averages, each with the partition of its variable."""
         for variable, average in keras_internals.average_slots(self.inner_optimizer):

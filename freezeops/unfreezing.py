@@ -58,6 +58,10 @@ class VariableSlots:
         """Length of `unseeded`."""
         return Layout(1, self._size, 1).packed_bytes
 
+    def forget_changes(self) -> None:
+        """Called when masks were loaded: what they were before no longer counts."""
+        self._before = None
+
     def change(self, old: Mask, new: Mask, mask_layout: Layout) -> None:
         """Carries the policy out for the entries that a change of the mask makes trainable.
 

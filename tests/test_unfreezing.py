@@ -309,6 +309,20 @@ def test_what_waits_is_saved(tmp_path):
     assert second.optimizer.unfreeze_policy == "seed"
 
 
+def test_inner_optimizer_that_is_wrapped_again():
+    inner = keras.optimizers.Adam(LR)
+    variable, optimizer = make(inner)
+    for _ in range(100):
+        optimizer.apply([tf.constant(GRADIENT)])
+    again = fz.MaskedOptimizer(inner, masks={"v": False})
+    again.build([variable])
+    again.apply([tf.constant(GRADIENT)])
+    before = variable.numpy()
+    again.unfreeze(variable, LATE)
+    again.apply([tf.constant(GRADIENT)])
+    assert np.allclose(np.abs(variable.numpy() - before)[:6], LR, rtol=2e-3)
+
+
 def test_multi_optimizer_and_16_bits():
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         pytest.skip("this Keras has no MultiOptimizer")
