@@ -12,7 +12,7 @@ Format:
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,10 @@ def read(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
     if len(data) < start + 8 or hashlib.sha256(data[start:]).digest() != data[len(kind.magic) : start]:
         raise refusal(path, kind, "its checksum is wrong; it is truncated or was altered")
     length = int.from_bytes(data[start : start + 8], "little")
-    header = json.loads(data[start + 8 : start + 8 + length])
+    try:
+        header = dict(json.loads(data[start + 8 : start + 8 + length]))
+    except (ValueError, TypeError) as error:
+        raise refusal(path, kind, f"its header cannot be read: {error}") from None
     if header.get("version") != kind.version:
         raise refusal(
             path, kind, f"it is of version {header.get('version')!r}, and this freezeops reads {kind.version}"
@@ -68,15 +71,15 @@ def refusal(path: Path, kind: Kind, what: str) -> ValueError:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:

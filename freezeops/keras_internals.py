@@ -53,7 +53,8 @@ def components(variable: Variable) -> list[tf.Variable]:
     if not isinstance(variable, tf.distribute.DistributedValues):
         return [variable]
     context = tf.distribute.get_replica_context()
-    if context is None:
+    if context is None or context.strategy is not variable.distribute_strategy:
+        # Outside of the strategy's scope, in a callback of `fit` for example, TensorFlow gives the default strategy's.
         return list(variable.values)
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
     return [variable.values[replica % len(variable.values)]]
@@ -129,7 +130,7 @@ def dtype_name(variable: Variable) -> str:
 def base_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
     """The optimizers that update variables, behind any wrappers."""
     for part in wrapped_optimizers(optimizer):
-        if not hasattr(part, "inner_optimizer") and not (_MULTI_OPTIMIZER and isinstance(part, _MULTI_OPTIMIZER)):
+        if not hasattr(part, "inner_optimizer") and not is_multi_optimizer(part):
             yield part
 
 
@@ -138,9 +139,14 @@ def wrapped_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.
     yield optimizer
     if hasattr(optimizer, "inner_optimizer"):
         yield from wrapped_optimizers(optimizer.inner_optimizer)
-    elif _MULTI_OPTIMIZER and isinstance(optimizer, _MULTI_OPTIMIZER):
+    elif is_multi_optimizer(optimizer):
         for inner in optimizer.optimizers:
             yield from wrapped_optimizers(inner)
+
+
+def is_multi_optimizer(optimizer: Any) -> bool:
+    """Whether this is a `keras.optimizers.MultiOptimizer`."""
+    return _MULTI_OPTIMIZER is not None and isinstance(optimizer, _MULTI_OPTIMIZER)
 
 
 def step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
@@ -237,6 +243,7 @@ def writes_only_rows_with_gradients(optimizer: keras.optimizers.Optimizer) -> bo
         and base.weight_decay is None  # with 0.0 Keras still writes every row
         and not base.use_ema
         and not base.gradient_accumulation_steps
+        and not base.global_clipnorm  # by which the gradient becomes dense
         for base in base_optimizers(optimizer)
     )
 
@@ -248,16 +255,22 @@ def loss_scaler_that_builds(
 
     `compile` makes the wrapper by itself under `mixed_float16`, and nothing points
     from the inner optimizer to it; but it is on the call stack when it builds.
+
+    Raises:
+        ValueError: If there is another optimizer between the two.
     """
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if (
-            isinstance(caller, keras.optimizers.LossScaleOptimizer)
-            and caller is not optimizer
-            and caller.inner_optimizer is optimizer
-        ):
-            return caller
+        if isinstance(caller, keras.optimizers.LossScaleOptimizer) and caller is not optimizer:
+            if caller.inner_optimizer is optimizer:
+                return caller
+            if any(part is optimizer for part in wrapped_optimizers(caller)):
+                raise ValueError(
+                    "A LossScaleOptimizer must wrap a MaskedOptimizer directly, or be wrapped by it: what lies "
+                    "between would be given gradients that were looked at unmasked. Received: a "
+                    f"{type(caller.inner_optimizer).__name__} between the two: wrap that one in MaskedOptimizer"
+                )
         frame = frame.f_back
     return None
 

@@ -84,9 +84,12 @@ def _read(path: Path) -> dict[str, Mask]:
         raise checkedfile.refusal(path, _KIND, what)
     masks = {}
     offset = 0
-    for entry in header["masks"]:
-        layout = Layout(*entry["layout"])
-        bits = np.frombuffer(content, np.uint8, layout.packed_bytes, offset)
-        masks[entry["path"]] = Mask(entry["shape"], layout, bits)
-        offset += layout.packed_bytes
+    try:
+        for entry in header["masks"]:
+            layout = Layout(*entry["layout"])
+            bits = np.frombuffer(content, np.uint8, layout.packed_bytes, offset)
+            masks[str(entry["path"])] = Mask(entry["shape"], layout, bits)
+            offset += layout.packed_bytes
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkedfile.refusal(path, _KIND, f"its header does not describe masks: {error!r}") from None
     return masks

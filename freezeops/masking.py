@@ -60,6 +60,7 @@ class Masking:
 
     name: str
     _state: State
+    _undo_load: Sequence[tuple[Variable, np.ndarray]] = ()
 
     # What the class that takes this in says.
 
@@ -163,7 +164,7 @@ class Masking:
         return self._partition(variable).mask
 
     def masks_by_path(self) -> dict[str, Mask]:
-        """The mask of every variable as it is now, by the variable's path.
+        """The mask of every float variable as it is now, by the variable's path.
 
         Raises:
             ValueError: If the optimizer is not built, or two variables have one path.
@@ -173,7 +174,7 @@ class Masking:
         if len(set(paths)) < len(paths):
             twice = sorted({path for path in paths if paths.count(path) > 1})
             raise ValueError(f"Every variable must have a path of its own. Received: {twice} more than once")
-        return {part.path: part.mask for part in self._state.partitions}
+        return {part.path: part.mask for part in self._state.partitions if tf.as_dtype(part.variable.dtype).is_floating}
 
     @property
     def density(self) -> float:
@@ -254,7 +255,12 @@ class Masking:
         """What becomes of each variable, with nothing changed yet."""
         maskable: dict[int, str] = {}
         for pattern, value in self._state.maskable.items():
-            maskable.update(dict.fromkeys(index.find(pattern), value))
+            try:
+                maskable.update(dict.fromkeys(index.find(pattern), value))
+            except ValueError:
+                # Loaded from a file: `Sequential` loses its name in paths, and the file says what to set aside.
+                if not self._state.saved:
+                    raise
         masks: dict[int, Mask] = {}
         permanent: set[int] = set()
         for rule in self._state.rules:
@@ -352,6 +358,8 @@ class Masking:
                 "`optimizer.build(model.trainable_variables)`. Received: rules for "
                 f"{[rule.target for rule in self._state.rules]}, not carried out yet"
             )
+        for key, packed in self._state.loaded.items():
+            store[key] = packed  # loaded, and not built since
         for number, (name, kinds) in enumerate(self._named_bytes()):
             for kind, (bits, _) in kinds.items():
                 packed = bits.numpy()
@@ -382,7 +390,9 @@ class Masking:
 
     def _assign_loaded(self) -> None:
         """Sets the masks that were loaded: all of them or, on an error, none."""
-        loaded, self._state.loaded = self._state.loaded, {}
+        loaded = self._state.loaded
+        if self._state.built:
+            self._state.loaded = {}  # a file that is refused; before, it would wait for the next attempt to build
         saved: dict[str, dict[str, np.ndarray]] = {"mask": {}, "unseeded": {}}
         for key, packed in loaded.items():
             kind, _, name = key.split(" ", 2)
@@ -401,8 +411,16 @@ class Masking:
                 packed = saved[kind].get(saved_name, np.zeros(bits_layout.packed_bytes, np.uint8))
                 _check_packed(name, packed, bits_layout)
                 changes.append((bits, packed))
+        self._undo_load = [(bits, bits.numpy()) for bits, _ in changes]
         for bits, packed in changes:
             bits.assign(packed)
+        self._state.loaded = {}
+
+    def _undo_loaded(self) -> None:
+        """Takes the masks of a file back, of which another part was refused."""
+        for bits, packed in self._undo_load:
+            bits.assign(packed)
+        self._undo_load = []
 
     def _named_bytes(self) -> list[tuple[str, dict[str, tuple[Variable, layout.Layout]]]]:
         """The packed bits of each variable that has any, with the variable's name."""

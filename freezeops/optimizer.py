@@ -99,7 +99,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         for part in keras_internals.wrapped_optimizers(inner_optimizer):
-            inner_state.store_once_and_check(part)
+            inner_state.store_once_and_check(part, self._undo_loaded)
+        inner_state.store_scalers_around(MaskedOptimizer)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._state: _State = _State(maskable)
@@ -118,21 +119,18 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         # What was accumulated for an entry that is frozen now must neither be applied
         # nor count in a norm.
         for variable, accumulator in keras_internals.accumulators(self.inner_optimizer):
-            if self._state.index.position(variable) in positions:
+            if self._state.index.find_position(variable) in positions:
                 self._partition(variable).clear_accumulator(accumulator)
         for part, average in self._averages():
             if self._state.index.position(part.variable) in positions:
                 part.put_into_average(average)
 
-    def _assign_loaded(self) -> None:
-        super()._assign_loaded()
-        for slots in self._state.slots.values():
-            slots.forget_changes()
-
     def _averages(self) -> Iterator[tuple[Partition, Variable]]:
         """The slots of moving averages, each with the partition of its variable."""
         for variable, average in keras_internals.average_slots(self.inner_optimizer):
-            yield self._partition(variable), average
+            # The inner optimizer may have been built with more variables.
+            if (position := self._state.index.find_position(variable)) is not None:
+                yield self._state.partitions[position], average
 
     def _bytes_beside(self, position: int) -> dict[str, tuple[Variable, Layout]]:
         slots = self._state.slots.get(position)
@@ -154,7 +152,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         """
         if scaler := keras_internals.loss_scaler_that_builds(self):
             keras_internals.mask_before_loss_scaling(scaler, self._mask_for_scaler)
-            inner_state.store_once_and_check(scaler)
+            with tf.init_scope():
+                inner_state.assign_waiting(scaler)
         if self.built:
             return
         keras_internals.check_strategy(tf.distribute.get_strategy())
@@ -166,17 +165,23 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             # Not under Keras's `no_automatic_dependency_tracking`, as its own wrapper builds: Nadam's and
             # Adafactor's state would not be tracked and not be saved.
             self.inner_optimizer.build(inner_variables)
-        self._state.partitions = [
-            self._make_partition(variable, plan, position)
-            for position, (variable, plan) in enumerate(zip(variables, plans, strict=True))
-        ]
-        self._state.index = index
-        self._find_slots()
-        with tf.init_scope():
-            for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
-                inner_state.assign_waiting(part)
-            if self._state.loaded:
-                self._assign_loaded()
+        try:
+            self._state.partitions = [
+                self._make_partition(variable, plan, position)
+                for position, (variable, plan) in enumerate(zip(variables, plans, strict=True))
+            ]
+            self._state.index = index
+            self._find_slots()
+            with tf.init_scope():
+                for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
+                    inner_state.assign_waiting(part)
+                if self._state.loaded:
+                    self._assign_loaded()
+        except BaseException:
+            # The next attempt begins anew.
+            self._state.partitions, self._state.slots = [], {}
+            self._masks = tf.Module()
+            raise
         keras.optimizers.Optimizer.build(self, variables)
         self._state.built = True
         keras_internals.guard_swaps(_guard_of)

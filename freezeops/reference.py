@@ -170,10 +170,13 @@ def seed_slots(
 ) -> None:
     """Starts the slots of entries that were unfrozen late from their first gradient that is not zero.
 
-    Where an entry's bit is set, each slot that is zero becomes `scale * gradient**power`.
-    The bit is cleared once the first slot is not zero any more, with `tf.IndexedSlices`
-    perhaps only when its row is named. Both are looked at, so that an implementation that
-    never clears bits (XLA's) gives the same slots.
+    Where an entry's bit is set and its entry of the first slot is zero, each slot becomes
+    `scale * gradient**power`. The bit is cleared once the first slot is not zero any more,
+    with `tf.IndexedSlices` perhaps only when its row is named. Both are looked at, so that
+    an implementation that never clears bits (XLA's) gives the same slots.
+
+    Of repeated rows the larger of the squared sum and the summed squares is taken for
+    `gradient**2`: Keras sums squares, and gradients that cancel leave a second moment.
 
     Args:
         unseeded: `uint8` variable of one bit per entry, little bit order.
@@ -188,12 +191,17 @@ def seed_slots(
 
     def seed() -> None:
         bits = _unpack(unseeded.read_value(), size)
-        dense = tf.reshape(tf.cast(tf.convert_to_tensor(tf.cast(gradient, wide)), wide), [size])
+        values = tf.cast(gradient, wide)
+        dense = tf.reshape(tf.convert_to_tensor(values), [size])
+        square = dense * dense
+        if isinstance(values, tf.IndexedSlices):
+            squares = tf.IndexedSlices(values.values * values.values, values.indices, values.dense_shape)
+            square = tf.maximum(square, tf.reshape(tf.convert_to_tensor(squares), [size]))
+        due = bits & (tf.cast(tf.reshape(slots[0].read_value(), [size]), wide) == 0)
         for slot, scale, power in zip(slots, scales, powers, strict=True):
-            value = tf.cast(scale, wide) * dense
-            value = tf.cast(value * dense if power == 2 else value, slot.dtype)
+            value = tf.cast(tf.cast(scale, wide) * (square if power == 2 else dense), slot.dtype)
             flat = tf.reshape(slot.read_value(), [size])
-            slot.assign(tf.reshape(_select(bits & (tf.cast(flat, wide) == 0), value, flat), shape))
+            slot.assign(tf.reshape(_select(due, value, flat), shape))
         first = tf.cast(tf.reshape(slots[0].read_value(), [size]), wide)
         unseeded.assign(_pack(bits & (first == 0)))
 

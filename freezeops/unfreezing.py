@@ -5,7 +5,7 @@ no longer corrects their bias: from zero its first step would be 3.16 learning r
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -19,6 +19,22 @@ from freezeops.slots import Slot
 Policy = Literal["seed", "zero", "keep"]
 
 POLICIES = ("seed", "zero", "keep")
+
+
+class _Change(NamedTuple):
+    """The changes of a mask since a step.
+
+    Attributes:
+        steps: How many steps there were.
+        before: The mask in that step.
+        waiting: The entries that waited to be seeded then.
+        new: The mask after the last change.
+    """
+
+    steps: int
+    before: Mask
+    waiting: Mask
+    new: Mask
 
 
 class VariableSlots:
@@ -50,17 +66,13 @@ class VariableSlots:
         first = [(slot, state) for slot, state in slots if slot.role == "first_moment" and slot.scale]
         self._seeded = second + first if policy == "seed" and second else []
         self._size = int(tf.TensorShape(variable.shape).num_elements())
-        self._before: tuple[int, Mask] | None = None
+        self._last: _Change | None = None
         self.unseeded: keras.Variable | None = None
 
     @property
     def unseeded_bytes(self) -> int:
         """Length of `unseeded`."""
         return Layout(1, self._size, 1).packed_bytes
-
-    def forget_changes(self) -> None:
-        """Called when masks were loaded: what they were before no longer counts."""
-        self._before = None
 
     def change(self, old: Mask, new: Mask, mask_layout: Layout) -> None:
         """Carries the policy out for the entries that a change of the mask makes trainable.
@@ -73,12 +85,17 @@ class VariableSlots:
             mask_layout: A layout that holds both.
         """
         steps = int(keras_internals.step_count(self._optimizer))
-        if self._before is None or self._before[0] != steps:
-            self._before = (steps, old)
-        newly = new & ~self._before[1]
+        elements = layout.elementwise(new.shape)
+        if self._last is None or self._last.steps != steps or self._last.new != old:
+            # The first change since a step, or since a mask was loaded.
+            waiting = Mask.frozen(new.shape)
+            if self.unseeded is not None:
+                waiting = Mask(new.shape, elements, self.unseeded.numpy())
+            self._last = _Change(steps, old, waiting, new)
+        self._last = self._last._replace(new=new)
+        newly = new & ~self._last.before
         if self.unseeded is not None:
-            elements = layout.elementwise(new.shape)
-            waiting = Mask(new.shape, elements, self.unseeded.numpy()) & new
+            waiting = self._last.waiting & new
             if steps:
                 waiting = waiting | newly
             self.unseeded.assign(waiting.with_layout(elements).packed)

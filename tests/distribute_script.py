@@ -48,11 +48,11 @@ def in_replicas(step):
     tf.function(lambda: strategy.run(step), autograph=False)()
 
 
-def loop(inner, jit_compile=False, steps=4, during=None):
+def loop(inner, jit_compile=False, steps=4, during=None, masks=None):
     """A custom loop; returns the kernel, its first value and the optimizer."""
     with strategy.scope():
         model = make_model()
-        optimizer = fz.MaskedOptimizer(inner(), masks={"body/kernel": MASK})
+        optimizer = fz.MaskedOptimizer(inner(), masks=masks or {"body/kernel": MASK})
         optimizer.build(model.trainable_variables)
     kernel = model.get_layer("body").kernel
     before = copies(kernel)[0]
@@ -126,13 +126,18 @@ def case_unfreeze():
         steps = []
 
         def during(i, optimizer, kernel, steps=steps):
+            # Outside of the strategy's scope, as a callback is, and with slots that are not zero.
             if i == 1:
-                optimizer.freeze(kernel, ~MASK)
+                optimizer.register_mask(kernel, MASK)
             if i == 60:
                 optimizer.unfreeze(kernel)
+                slots = [v for v in optimizer.inner_optimizer.variables if tuple(v.shape) == MASK.shape]
+                assert slots
+                for copy in (copy for slot in slots for copy in copies(slot)):
+                    assert not copy[~MASK].any() and copy[MASK].any()
             steps.append(copies(kernel))
 
-        _, _, optimizer = loop(SETUPS[setup], steps=63, during=during)
+        _, _, optimizer = loop(SETUPS[setup], steps=63, during=during, masks={"body/kernel": True})
         for first, second in steps:
             assert_same_bits(first, second, "replicas differ")
         for i in (2, 60):
@@ -142,6 +147,42 @@ def case_unfreeze():
         slots = [v for v in optimizer.inner_optimizer.variables if tuple(v.shape) == MASK.shape]
         for slot in slots:
             assert_same_bits(*copies(slot))
+
+
+def case_outside_of_scope():
+    """Callbacks of `fit` and what Keras calls at its end run outside of the strategy's scope: every copy is reached."""
+    odd = np.array([3e38, -np.inf, 1e-45, -0.0], "float32")
+    for swap in (False, True):
+        with strategy.scope():
+            model = make_model()
+            kernel = model.get_layer("body").kernel
+            inner = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.7)
+            optimizer = fz.MaskedOptimizer(inner)
+            model.compile(optimizer, "mse", jit_compile=False)
+            optimizer.build(model.trainable_variables)
+        seen = {}
+
+        class Freeze(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None, kernel=kernel, optimizer=optimizer, seen=seen):
+                if batch == 1:
+                    optimizer.register_mask(kernel, MASK)
+                    seen["frozen"] = copies(kernel)[0]
+                if batch == 2:
+                    optimizer.unfreeze("head/bias")
+                    optimizer.freeze("head/bias")
+
+            def on_test_begin(self, logs=None, kernel=kernel, seen=seen):
+                check(kernel, seen["frozen"], MASK, moves=False)
+
+        callbacks = [keras.callbacks.SwapEMAWeights()] if swap else []
+        if swap:  # finite values, which the average keeps, but that adding does not
+            kernel.assign(np.where(MASK, kernel.numpy(), np.resize(odd[[0, 2, 3]], MASK.shape)))
+            optimizer.register_mask(kernel, MASK)
+        model.fit(X, Y, batch_size=16, verbose=0, callbacks=[*callbacks, Freeze()], validation_data=(X, Y))
+        check(kernel, seen["frozen"], MASK, moves=False)
+        for variable in optimizer.inner_optimizer.variables:
+            if tuple(variable.shape) == MASK.shape:
+                assert_same_bits(*copies(variable), variable.path)
 
 
 def case_ema():

@@ -54,7 +54,7 @@ class Guard(keras.callbacks.Callback):
         self.kernel = self.model.get_layer("body").kernel
         self.optimizer = self.model.optimizer
         steps = int(self.optimizer.iterations)
-        mask = MASKS[WAY != "backup" and steps > CHANGE]
+        mask = MASKS[steps > CHANGE]
         assert self.optimizer.mask_for(self.kernel) == fz.Mask.from_array(mask), f"another mask after {steps} steps"
         original = make_model().get_layer("body").kernel.numpy()
         never = ~(MASKS[0] | MASKS[1]) if steps > CHANGE else ~MASKS[0]
@@ -65,7 +65,7 @@ class Guard(keras.callbacks.Callback):
         (FOLDER / "begun").touch()
 
     def on_train_batch_begin(self, batch, logs=None):
-        if WAY != "backup" and int(self.optimizer.iterations) == CHANGE:
+        if int(self.optimizer.iterations) == CHANGE:
             self.optimizer.register_mask(self.kernel, MASKS[1])
             self.seen = self.kernel.numpy()
 

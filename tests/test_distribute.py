@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("distribute_script.py")
-CASES = ["loop", "fit", "sparse", "change_masks", "ema", "loss_scale", "one_device", "unfreeze"]
+CASES = ["loop", "fit", "sparse", "change_masks", "ema", "loss_scale", "one_device", "unfreeze", "outside_of_scope"]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -97,6 +97,9 @@ def flip(content):
         (lambda c: resealed(c, lambda h: h.update(version=2)), "version 2"),
         (lambda c: resealed(c, lambda h: h.update(polarity="1 = frozen")), "polarity is '1 = frozen'"),
         (lambda c: resealed(c, lambda h: h["masks"][0].update(shape=[8, 6])), r"\(8, 6\), shape=\(6, 8\)"),
+        (lambda c: resealed(c, lambda h: h["masks"][0].pop("layout")), "does not describe masks: KeyError"),
+        (lambda c: resealed(c, lambda h: h["masks"][0].update(layout=[1, 2**20, 1])), "does not describe masks"),
+        (lambda c: resealed(c, lambda h: h.update(masks=3)), "does not describe masks: TypeError"),
     ],
 )
 def test_refused_with_nothing_changed(saved, damage, message):
@@ -126,3 +129,17 @@ def test_crash_while_writing_leaves_the_old_file(saved, monkeypatch):
 def test_unbuilt_optimizer_has_no_masks_to_save(tmp_path):
     with pytest.raises(ValueError, match="must be built"):
         fz.save_masks(fz.MaskedOptimizer(keras.optimizers.SGD()), tmp_path / "masks")
+
+
+def test_int_variables_and_the_mode_of_the_file(tmp_path):
+    count = keras.Variable(np.zeros(3, "int32"), dtype="int32", name="count")
+    made = variables()
+    optimizer = optimizer_for(made | {"count": count})
+    optimizer.freeze(made["a/bias"])
+    fz.save_masks(optimizer, tmp_path / "masks")
+    (tmp_path / "other").write_bytes(b"")
+    assert (tmp_path / "masks").stat().st_mode == (tmp_path / "other").stat().st_mode
+    other = fz.MaskedOptimizer(keras.optimizers.SGD())
+    fz.load_masks(other, tmp_path / "masks")
+    other.build([*made.values(), count])
+    assert other.mask_for(made["a/bias"]).count() == 0

@@ -177,3 +177,13 @@ def test_other_policies(policy, jit_compile):
     assert_same_bits(kernel.numpy()[~MASK], before[~MASK])
     assert (kernel.numpy()[MASK] != before[MASK]).mean() > 0.9
     assert np.isfinite(kernel.numpy().astype("float32")).all()
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
+def test_scaler_around_an_optimizer_around_ours_is_refused():
+    """It would look at unmasked gradients, and could skip every step in silence."""
+    masked = fz.MaskedOptimizer(keras.optimizers.SGD(0.5))
+    multi = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(masked))
+    scaler = keras.optimizers.LossScaleOptimizer(multi)
+    with pytest.raises(ValueError, match="must wrap a MaskedOptimizer directly.*MultiOptimizer between the two"):
+        scaler.build([keras.Variable(np.ones(3, "float32"), name="v")])

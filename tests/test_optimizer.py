@@ -555,3 +555,16 @@ def test_masks_do_not_change_while_a_function_is_traced():
     optimizer.build(variables)
     with pytest.raises(RuntimeError, match="outside of `tf.function`"):
         tf.function(lambda: optimizer.freeze("v0"))()
+
+
+def test_inner_optimizer_that_knows_more_variables():
+    first, second = variables_like((3,), (4,))
+    inner = keras.optimizers.Adam(use_ema=True)
+    inner.build([first, second])
+    optimizer = fz.MaskedOptimizer(inner)
+    optimizer.build([second])
+    optimizer.freeze(second, [0])
+    before = second.numpy()
+    optimizer.apply([tf.ones(4)], [second])
+    assert_same_bits(second.numpy()[:1], before[:1])
+    assert (second.numpy()[1:] != before[1:]).all()

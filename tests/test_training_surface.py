@@ -26,14 +26,14 @@ def with_odd_values(shape, frozen, dtype="float32", finite=False):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("mode", ["eager", "function", "jit"])
 @pytest.mark.parametrize("masked", ["rows", "elements"])
-@pytest.mark.parametrize("weight_decay", [None, 0.0])
-def test_sparse_update_of_plain_sgd(masked, mode, dtype, backend, weight_decay):
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}, {"global_clipnorm": 1.0}, {"clipnorm": 1.0}], ids=str)
+def test_sparse_update_of_plain_sgd(masked, mode, dtype, backend, options):
     """Only the rows that the gradient names are remembered; repeated ones included."""
     rng = np.random.default_rng(1)
     mask = rng.random((60, 1)) < 0.5 if masked == "rows" else rng.random((60, 5)) < 0.5
     full = np.broadcast_to(mask, (60, 5))
     table = keras.Variable(with_odd_values((60, 5), ~full, dtype), dtype=dtype, name="table")
-    optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(0.5, weight_decay=weight_decay), masks={"table": mask})
+    optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(0.5, **options), masks={"table": mask})
     optimizer.build([table])
     before = table.numpy()
 
@@ -69,6 +69,7 @@ def test_sparse_remembers_no_more_than_the_rows(monkeypatch):
         keras.optimizers.SGD(0.5, momentum=0.9),
         keras.optimizers.SGD(0.5, weight_decay=0.1),
         keras.optimizers.SGD(0.5, use_ema=True),
+        keras.optimizers.SGD(0.5, global_clipnorm=1.0),
         keras.optimizers.Adam(),
         type("Own", (keras.optimizers.SGD,), {})(0.5),
     ):

@@ -287,7 +287,8 @@ def test_seed_slots(mode, rows, width, named, dtype, waiting, powers, seed):
         values = rng.integers(-2, 3, (named, width)).astype(DTYPES[dtype])
         gradient = tf.IndexedSlices(values, rng.integers(0, rows, named), (rows, width))
     bits = np.packbits(rng.random(size) < waiting, bitorder="little")
-    slots = [some((rows, width), 0.7) for _ in powers]
+    empty = rng.random((rows, width)) < 0.7
+    slots = [np.where(empty, 0, some((rows, width), 0.0)).astype(DTYPES[dtype]) for _ in powers]
     scales = [tf.constant(value, tf.float64) for value in rng.random(len(powers))]
     results = []
     for library in (ops, reference):

@@ -187,6 +187,56 @@ def test_frozen_again_before_it_was_seeded():
     assert not optimizer.inner_optimizer._velocities[0].numpy().any()
 
 
+def test_frozen_and_unfrozen_while_it_waits():
+    variable, optimizer = make(keras.optimizers.Adam(LR), masks={"v": False})
+    for _ in range(400):
+        optimizer.apply([tf.constant(GRADIENT)])
+    optimizer.unfreeze(variable)
+    for _ in range(3):
+        optimizer.apply([tf.constant(GRADIENT * (np.arange(64) >= 8))])
+    optimizer.freeze(variable, LATE)
+    optimizer.unfreeze(variable, LATE)
+    before = variable.numpy()
+    optimizer.apply([tf.constant(GRADIENT)])
+    assert np.allclose(np.abs(variable.numpy() - before)[:6], LR, rtol=2e-3)
+
+
+def test_state_that_is_set_is_no_change_since_the_last():
+    variable, optimizer = make(keras.optimizers.Adam(LR), masks={"v": False})
+    for _ in range(200):
+        optimizer.apply([tf.constant(GRADIENT)])
+    frozen = [v.numpy() for v in optimizer.variables]
+    optimizer.freeze(variable)
+    optimizer.unfreeze(variable)
+    optimizer.set_weights(frozen)
+    optimizer.unfreeze(variable)
+    before = variable.numpy()
+    optimizer.apply([tf.constant(GRADIENT)])
+    assert np.allclose(np.abs(variable.numpy() - before)[:6], LR, rtol=2e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["Adam", "Nadam", "RMSprop"])
+def test_repeated_rows_that_cancel(name, mode, backend):
+    """They leave a second moment behind, and the first moment that comes later must fit it."""
+    variable, optimizer = make(adaptive(name), (3, 2))
+    optimizer.freeze(variable)
+
+    def apply(values):
+        rows = tf.IndexedSlices(tf.repeat(values[:, None], 2, 1), tf.constant([1, 1]), tf.constant([3, 2]))
+        optimizer.apply([rows])
+
+    step = in_mode(apply, mode)
+    for _ in range(40 if mode == "eager" else 400):
+        step(tf.constant([1.0, 1.0]))
+    optimizer.unfreeze(variable)
+    step(tf.constant([1.0, -1.0]))
+    before = variable.numpy()
+    step(tf.constant([1.0, 0.5]))
+    moved = np.abs(variable.numpy() - before)
+    assert (moved[1] <= 1.1 * LR).all() and (moved[1] > 0).all(), moved / LR
+
+
 def test_before_the_first_step_nothing_is_late():
     variable, optimizer = make(keras.optimizers.RMSprop(LR), masks={"v": False})
     optimizer.unfreeze(variable)

@@ -1,8 +1,8 @@
 // Seeding: the slots of an entry that was unfrozen late start from its own first gradient that is not zero.
 //
-// Where an entry's bit in `unseeded` is set, each slot that is zero becomes scale * gradient^power. The bit is cleared
-// once the first slot is not zero any more. Both are looked at, so that an implementation that never clears bits gives
-// the same slots.
+// Where an entry's bit in `unseeded` is set and its entry of the first slot is zero, each slot becomes scale * gradient
+// or, for power 2, scale * square. The bit is cleared once the first slot is not zero any more. Both are looked at, so
+// that an implementation that never clears bits gives the same slots.
 
 #ifndef FREEZEOPS_KERNELS_SEED_SLOTS_H_
 #define FREEZEOPS_KERNELS_SEED_SLOTS_H_
@@ -21,11 +21,11 @@ struct SlotSeed {
 
 // Seeds one entry, whose bit is set. Returns whether the bit is to be cleared.
 template <typename T, typename Acc>
-inline bool SeedEntry(const SlotSeed<T, Acc>* slots, int count, int64_t entry, Acc gradient) {
-  for (int i = 0; i < count; ++i) {
-    if (static_cast<Acc>(slots[i].data[entry]) != Acc(0)) continue;
-    const Acc value = slots[i].scale * gradient;
-    slots[i].data[entry] = static_cast<T>(slots[i].power == 2 ? value * gradient : value);
+inline bool SeedEntry(const SlotSeed<T, Acc>* slots, int count, int64_t entry, Acc gradient, Acc square) {
+  if (static_cast<Acc>(slots[0].data[entry]) == Acc(0)) {
+    for (int i = 0; i < count; ++i) {
+      slots[i].data[entry] = static_cast<T>(slots[i].scale * (slots[i].power == 2 ? square : gradient));
+    }
   }
   return static_cast<Acc>(slots[0].data[entry]) != Acc(0);
 }
@@ -40,7 +40,8 @@ void SeedRange(uint8_t* unseeded, const SlotSeed<T, Acc>* slots, int count, cons
     for (int bit = 0; bit < 8 && byte * 8 + bit < end; ++bit) {
       if (!(bits >> bit & 1)) continue;
       const int64_t entry = byte * 8 + bit;
-      if (SeedEntry(slots, count, entry, static_cast<Acc>(gradient[entry]))) bits &= ~(1u << bit);
+      const Acc value = static_cast<Acc>(gradient[entry]);
+      if (SeedEntry(slots, count, entry, value, value * value)) bits &= ~(1u << bit);
     }
     unseeded[byte] = bits;
   }

@@ -232,12 +232,13 @@ REGISTER_OP("Freezeops>SeedSlots")
     .Doc(R"doc(
 Starts the slots of entries that were unfrozen late from their first gradient that is not zero.
 
-Where an entry's bit in `unseeded` is set, each slot that is zero becomes scale * gradient^power. Bits whose entry of
-the first slot is not zero any more may be cleared.
+Where an entry's bit in `unseeded` is set and its entry of the first slot is zero, each slot becomes
+scale * gradient^power. Bits whose entry of the first slot is not zero any more may be cleared.
 
 unseeded: A uint8 variable of one bit for each entry, little bit order.
 values: The gradient; or the values of an IndexedSlices.
-indices: The rows that `values` names where `sparse` is true, repeated ones adding up; else empty.
+indices: The rows that `values` names where `sparse` is true, else empty. Repeated rows add up, and the larger of their
+  squared sum and their summed squares stands for gradient^2.
 scales: One for each slot.
 slots: Variables of `size` entries.
 powers: 1 or 2 for each slot.

@@ -107,21 +107,32 @@ class SeedSlotsOp : public tensorflow::OpKernel {
       return;
     }
 
-    // Rows may be named more than once: their gradients add up.
-    std::unordered_map<int64_t, std::vector<Acc>> rows;
+    // Rows may be named more than once. Their gradients add up; Keras adds up their squares as well, and that is what its
+    // second moment gets. The larger of the two is taken, because gradients that cancel leave a second moment behind.
+    struct Sums {
+      explicit Sums(int64_t width) : values(width, Acc(0)), squares(width, Acc(0)) {}
+      std::vector<Acc> values, squares;
+    };
+    std::unordered_map<int64_t, Sums> rows;
     for (int64_t i = 0; i < indices.dim_size(0); ++i) {
       const int64_t row = indices.vec<int64_t>()(i);
       OP_REQUIRES(ctx, row >= 0 && (row + 1) * width <= size_,
                   InvalidArgument("indices must be rows of the slots' ", size_, " entries. Received: index ", row,
                                   " with rows of ", width));
-      std::vector<Acc>& sum = rows.try_emplace(row, width, Acc(0)).first->second;
-      for (int64_t j = 0; j < width; ++j) sum[j] += static_cast<Acc>(gradient[i * width + j]);
+      Sums& sums = rows.try_emplace(row, width).first->second;
+      for (int64_t j = 0; j < width; ++j) {
+        const Acc value = static_cast<Acc>(gradient[i * width + j]);
+        sums.values[j] += value;
+        sums.squares[j] += value * value;
+      }
     }
-    for (const auto& [row, sum] : rows) {
+    for (const auto& [row, sums] : rows) {
       for (int64_t j = 0; j < width; ++j) {
         const int64_t entry = row * width + j;
         const uint8_t bit = uint8_t(1) << entry % 8;
-        if ((bits[entry / 8] & bit) && SeedEntry(slots.data(), count, entry, sum[j])) bits[entry / 8] &= ~bit;
+        const Acc value = sums.values[j];
+        const Acc square = std::max(value * value, sums.squares[j]);
+        if ((bits[entry / 8] & bit) && SeedEntry(slots.data(), count, entry, value, square)) bits[entry / 8] &= ~bit;
       }
     }
   }

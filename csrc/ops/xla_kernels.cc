@@ -274,19 +274,25 @@ class SeedSlotsXlaOp : public XlaOpKernel {
       OP_REQUIRES_OK(ctx, CheckEntries("slots", shape, layout));
     }
     XlaOp gradient = xla::ConvertElementType(ctx->Input(1), wide);
+    XlaOp square = xla::Mul(gradient, gradient);
     if (sparse_) {
       gradient = Densify(gradient, ctx->Input(2), values_shape, shape);
+      square = xla::Max(xla::Mul(gradient, gradient), Densify(square, ctx->Input(2), values_shape, shape));
     } else {
       OP_REQUIRES_OK(ctx, CheckEntries("values", values_shape, layout));
     }
     gradient = xla::Reshape(gradient, shape.dim_sizes());
+    square = xla::Reshape(square, shape.dim_sizes());
 
     const XlaOp unseeded = TrainableBits(bits, layout, shape, integers);
     const XlaOp scales = xla::ConvertElementType(ctx->Input(3), wide);
     for (int i = 0; i < count; ++i) {
-      XlaOp seed = xla::Mul(gradient, xla::Reshape(xla::SliceInDim(scales, i, i + 1, 1, 0), {}));
-      if (powers_[i] == 2) seed = xla::Mul(seed, gradient);
-      const XlaOp empty = xla::ConvertElementType(xla::Eq(slots[i], xla::ScalarLike(slots[i], 0)), integers);
+      const XlaOp scale = xla::Reshape(xla::SliceInDim(scales, i, i + 1, 1, 0), {});
+      const XlaOp seed = xla::Mul(powers_[i] == 2 ? square : gradient, scale);
+      // The slots of an entry that waits are zero together, unless repeated rows cancelled. So with dense gradients each
+      // looks at itself alone: a second slot as an operand makes XLA's loops twice as slow.
+      const XlaOp guard = slots[sparse_ ? 0 : i];
+      const XlaOp empty = xla::ConvertElementType(xla::Eq(guard, xla::ScalarLike(guard, 0)), integers);
       const XlaOp due = xla::And(unseeded, xla::Sub(xla::Zero(builder, integers), empty));
       const XlaOp chosen = xla::And(due, xla::BitcastConvertType(xla::ConvertElementType(seed, type), integers));
       const XlaOp kept = xla::And(xla::Not(due), xla::BitcastConvertType(slots[i], integers));
