@@ -22,8 +22,12 @@ import freezeops as fz
 IS_MAIN_KERAS = keras.__version__.startswith(f"{MAIN_KERAS}.")
 CASES = keras_suite.collect()
 STEPS = 5
-JIT_ULP = 4
-"""Units in the last place by which XLA may reorder; see `test_nothing_frozen_under_jit`."""
+JIT_ULPS = {"RMSprop": 8, "RMSprop momentum centered": 16}
+"""Units in the last place by which XLA's order of operations may move weights and slots, where it is more than 4.
+
+Seeding chooses the second moment by its bits, where XLA would contract it with what follows; a centered denominator is a
+difference, which makes more of that.
+"""
 
 
 def matches(case, patterns):
@@ -208,4 +212,4 @@ def test_nothing_frozen_under_jit(setup):
     pair = Pair(SETUPS[setup], "jit")
     pair.train()
     worst = max(ulp_distance(bare, wrapped) for _, bare, wrapped in pair.states())
-    assert worst <= JIT_ULP
+    assert worst <= JIT_ULPS.get(setup, 4)
