@@ -25,8 +25,8 @@ STEPS = 5
 JIT_ULPS = {"RMSprop": 8, "RMSprop momentum centered": 16}
 """Units in the last place by which XLA's order of operations may move weights and slots, where it is more than 4.
 
-Seeding chooses the second moment by its bits, where XLA would contract it with what follows; a centered denominator is a
-difference, which makes more of that.
+Seeding chooses the second moment by its bits, where XLA would contract it with what follows; a centered denominator is
+a difference, which makes more of that.
 """
 
 

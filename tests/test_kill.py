@@ -13,7 +13,7 @@ import pytest
 from common import assert_same_bits
 
 SCRIPT = Path(__file__).with_name("kill_script.py")
-KILLS = int(os.environ.get("FREEZEOPS_KILLS", "5"))
+KILLS = int(os.environ.get("FREEZEOPS_KILLS", "4"))
 """For each way. Set it to 100 for a night."""
 
 SEED = int(os.environ.get("FREEZEOPS_SEED", time.time_ns() % 10**6))
