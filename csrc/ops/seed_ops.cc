@@ -58,10 +58,9 @@ class SeedSlotsOp : public tensorflow::OpKernel {
                                 scales.shape().DebugString(), ", ", ctx->num_inputs() - 4, " slots"));
     int64_t width = 1;
     if (sparse_) {
-      OP_REQUIRES(
-          ctx, values.dims() >= 1 && indices.dims() == 1 && values.dim_size(0) == indices.dim_size(0),
-          InvalidArgument("values must have one row for each index. Received: values of shape ",
-                          values.shape().DebugString(), ", indices of shape ", indices.shape().DebugString()));
+      OP_REQUIRES(ctx, values.dims() >= 1 && indices.dims() == 1 && values.dim_size(0) == indices.dim_size(0),
+                  InvalidArgument("values must have one row for each index. Received: values of shape ",
+                                  values.shape().DebugString(), ", indices of shape ", indices.shape().DebugString()));
       for (int i = 1; i < values.dims(); ++i) width *= values.dim_size(i);
     } else {
       OP_REQUIRES(ctx, values.NumElements() == size_,
@@ -72,8 +71,7 @@ class SeedSlotsOp : public tensorflow::OpKernel {
     // The bits first, then the slots.
     std::vector<VarPtr> variables(1 + count);
     for (int i = 0; i <= count; ++i) {
-      OP_REQUIRES_OK(
-          ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, i == 0 ? 0 : 3 + i), &variables[i]));
+      OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, i == 0 ? 0 : 3 + i), &variables[i]));
     }
     {
       tensorflow::tf_shared_lock lock(*variables[0]->mu());
@@ -85,10 +83,10 @@ class SeedSlotsOp : public tensorflow::OpKernel {
     for (int i = 0; i <= count; ++i) {
       Tensor* value = variables[i]->tensor();
       if (i > 0) {
-        OP_REQUIRES(ctx, value->dtype() == tensorflow::DataTypeToEnum<T>::v() && value->NumElements() == size_,
-                    InvalidArgument("slots must have ", size_, " entries of the values' dtype. Received: a slot of ",
-                                    tensorflow::DataTypeString(value->dtype()), " and shape ",
-                                    value->shape().DebugString()));
+        OP_REQUIRES(
+            ctx, value->dtype() == tensorflow::DataTypeToEnum<T>::v() && value->NumElements() == size_,
+            InvalidArgument("slots must have ", size_, " entries of the values' dtype. Received: a slot of ",
+                            tensorflow::DataTypeString(value->dtype()), " and shape ", value->shape().DebugString()));
       }
       if (!value->RefCountIsOne()) OP_REQUIRES_OK(ctx, Unshare(ctx, value));
     }
@@ -107,8 +105,9 @@ class SeedSlotsOp : public tensorflow::OpKernel {
       return;
     }
 
-    // Rows may be named more than once. Their gradients add up; Keras adds up their squares as well, and that is what its
-    // second moment gets. The larger of the two is taken, because gradients that cancel leave a second moment behind.
+    // Rows may be named more than once. Their gradients add up; Keras adds up their squares as well, and that is what
+    // its second moment gets. The larger of the two is taken, because gradients that cancel leave a second moment
+    // behind.
     struct Sums {
       explicit Sums(int64_t width) : values(width, Acc(0)), squares(width, Acc(0)) {}
       std::vector<Acc> values, squares;

@@ -289,8 +289,8 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     for (int i = 0; i < count; ++i) {
       const XlaOp scale = xla::Reshape(xla::SliceInDim(scales, i, i + 1, 1, 0), {});
       const XlaOp seed = xla::Mul(powers_[i] == 2 ? square : gradient, scale);
-      // The slots of an entry that waits are zero together, unless repeated rows cancelled. So with dense gradients each
-      // looks at itself alone: a second slot as an operand makes XLA's loops twice as slow.
+      // The slots of an entry that waits are zero together, unless repeated rows cancelled. So with dense gradients
+      // each looks at itself alone: a second slot as an operand makes XLA's loops twice as slow.
       const XlaOp guard = slots[sparse_ ? 0 : i];
       const XlaOp empty = xla::ConvertElementType(xla::Eq(guard, xla::ScalarLike(guard, 0)), integers);
       const XlaOp due = xla::And(unseeded, xla::Sub(xla::Zero(builder, integers), empty));
