@@ -5,7 +5,7 @@ Read in Keras 3.15.1 and 3.12.4, `optimizers/*.py`.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import keras
 import tensorflow as tf
@@ -17,7 +17,7 @@ Role = Literal["first_moment", "second_moment", "history", "weight"]
 Scale = Callable[[Any, tf.Tensor], Any]
 """From an optimizer and the number of steps it has made (a scalar float64 tensor) to a factor."""
 
-_ROLES = ("first_moment", "second_moment", "history", "weight")
+_ROLES = get_args(Role)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ no longer corrects their bias: from zero its first step would be 3.16 learning r
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import keras
 import tensorflow as tf
@@ -18,7 +18,7 @@ from freezeops.slots import Slot
 
 Policy = Literal["seed", "zero", "keep"]
 
-POLICIES = ("seed", "zero", "keep")
+POLICIES = get_args(Policy)
 
 
 class _Change(NamedTuple):

@@ -76,7 +76,9 @@ class SeedSlotsOp : public tensorflow::OpKernel {
     {
       tensorflow::tf_shared_lock lock(*variables[0]->mu());
       OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
-      if (AllZero(*variables[0]->tensor())) return;  // as in every step but those after an unfreezing
+      const MaskView waiting = ViewOf(*variables[0]->tensor(), MaskLayout{1, size_, 1});
+      // As in every step but those after an unfreezing: no bit is set.
+      if (cpu_kernels().count_frozen(waiting, 0, size_) == size_) return;
     }
     LockAll lock(variables);
     OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
@@ -141,11 +143,6 @@ class SeedSlotsOp : public tensorflow::OpKernel {
     if (bits.dtype() == tensorflow::DT_UINT8 && bits.NumElements() == (size_ + 7) / 8) return absl::OkStatus();
     return InvalidArgument("unseeded must have one bit for each of ", size_, " entries. Received: unseeded of ",
                            tensorflow::DataTypeString(bits.dtype()), " and shape ", bits.shape().DebugString());
-  }
-
-  static bool AllZero(const Tensor& bits) {
-    const uint8_t* data = bits.flat<uint8_t>().data();
-    return std::all_of(data, data + bits.NumElements(), [](uint8_t byte) { return byte == 0; });
   }
 
   int64_t size_ = 0;
