@@ -164,11 +164,14 @@ def step_count(optimizer: keras.optimizers.Optimizer) -> int:
 class StepHook:
     """What `before_updates` calls."""
 
-    def begin(self, optimizer: keras.optimizers.Optimizer) -> Any:
-        """Called once a step, before the updates; what it returns goes to `update`."""
+    def begin(self, optimizer: keras.optimizers.Optimizer) -> None:
+        """Called once a step, before the updates."""
 
-    def update(self, prepared: Any, gradient: Any, variable: tf.Variable) -> None:
-        """Called before each variable's update."""
+    def update(self, gradient: Any, variable: tf.Variable) -> None:
+        """Called before each variable's update; also where somebody calls `update_step` outside of a step."""
+
+    def end(self) -> None:
+        """Called after the updates."""
 
 
 def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> None:
@@ -191,21 +194,18 @@ class Untracked:
 
     def __init__(self, value: Any):
         self.value = value
-        self.prepared: Any = None
 
 
 def _update_step_with_hook(self: Any, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
-    hook = self._freezeops_hook
-    # Replicas come here in turn and then update together, so whichever was last prepared for all.
-    hook.prepared = hook.value.begin(self)
+    hook = self._freezeops_hook.value
+    # Replicas come here in turn and then update together, so whichever was last began for all.
+    hook.begin(self)
     type(self)._backend_update_step(self, grads, trainable_variables, learning_rate)
-    hook.prepared = None
+    hook.end()
 
 
 def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
-    hook = self._freezeops_hook
-    if hook.prepared is not None:
-        hook.value.update(hook.prepared, gradient, variable)
+    self._freezeops_hook.value.update(gradient, variable)
     return type(self).update_step(self, gradient, variable, learning_rate)
 
 

@@ -139,21 +139,25 @@ class Seeding(keras_internals.StepHook):
 
     def __init__(self) -> None:
         self._slots: dict[str, VariableSlots] = {}
+        # In a step: the factor of each seed; most variables share them.
+        self._scales: dict[Slot, tf.Tensor] | None = None
 
     def add(self, variable: Variable, slots: VariableSlots) -> None:
         """Includes a variable, whose `unseeded` is there."""
         self._slots[keras_internals.variable_key(variable)] = slots
 
-    def begin(self, optimizer: keras.optimizers.Optimizer) -> dict[Slot, tf.Tensor]:
-        """The factor of each seed in this step; most variables share them."""
+    def begin(self, optimizer: keras.optimizers.Optimizer) -> None:  # noqa: D102
         steps = tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.float64)
         seeded = {slot for slots in self._slots.values() for slot in slots.seeded}
-        return {
+        self._scales = {
             slot: tf.cast(1.0 if slot.scale is None else slot.scale(optimizer, steps), tf.float64) for slot in seeded
         }
 
-    def update(self, prepared: dict[Slot, tf.Tensor], gradient: Any, variable: tf.Variable) -> None:
+    def update(self, gradient: Any, variable: tf.Variable) -> None:
         """Seeds the slots of one variable, if it has any that can be."""
         slots = self._slots.get(keras_internals.variable_key(variable))
-        if slots is not None:
-            slots.seed(gradient, variable, [prepared[slot] for slot in slots.seeded])
+        if slots is not None and self._scales is not None:
+            slots.seed(gradient, variable, [self._scales[slot] for slot in slots.seeded])
+
+    def end(self) -> None:  # noqa: D102
+        self._scales = None
