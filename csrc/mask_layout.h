@@ -31,6 +31,11 @@ struct MaskView {
   MaskLayout layout;
 };
 
+// Compact state: ranks are counted once per mask for blocks of this many bits.
+constexpr int64_t kRankBlockBits = 2048;
+
+FREEZEOPS_INLINE int64_t rank_blocks(int64_t kept) { return kept / kRankBlockBits + (kept % kRankBlockBits != 0); }
+
 FREEZEOPS_INLINE int64_t mask_bytes(int64_t kept) { return kept / 8 + (kept % 8 != 0); }
 
 FREEZEOPS_INLINE int64_t entries(const MaskLayout& layout) { return layout.outer * layout.kept * layout.inner; }

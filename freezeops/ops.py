@@ -19,7 +19,17 @@ from freezeops.layout import Layout
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
 
-_OPS = ("mask_gradient", "mask_slices", "remember_frozen", "restore_frozen", "seed_slots")
+_OPS = (
+    "mask_gradient",
+    "mask_slices",
+    "remember_frozen",
+    "restore_frozen",
+    "gather_trainable",
+    "read_trainable",
+    "scatter_trainable",
+    "rank_trainable",
+    "seed_slots",
+)
 _HOST = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
 
 
@@ -176,6 +186,50 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
         reference.restore_frozen(variable, mask, snapshot, layout)
 
 
+def gather_trainable(
+    source: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
+) -> tf.Tensor:
+    """The trainable entries of a tensor in order; see `reference.gather_trainable`."""
+    if library := _library():
+        return library.freezeops_gather_trainable(source, mask, offsets, indices, layout=list(layout))
+    return reference.gather_trainable(source, mask, offsets, indices, layout)
+
+
+def read_trainable(
+    variable: tf.Variable, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
+) -> tf.Tensor:
+    """`gather_trainable` from a variable."""
+    if library := _library():
+        return library.freezeops_read_trainable(
+            variable.handle, mask, offsets, indices, T=variable.dtype, layout=list(layout)
+        )
+    return reference.read_trainable(variable, mask, offsets, indices, layout)
+
+
+def scatter_trainable(
+    variable: tf.Variable,
+    compact: tf.Tensor,
+    mask: tf.Tensor,
+    offsets: tf.Tensor,
+    indices: tf.Tensor,
+    layout: Layout,
+) -> None:
+    """Writes the trainable entries of a variable, in place where possible; see `reference.scatter_trainable`."""
+    if library := _library():
+        library.freezeops_scatter_trainable(variable.handle, compact, mask, offsets, indices, layout=list(layout))
+    else:
+        reference.scatter_trainable(variable, compact, mask, offsets, indices, layout)
+
+
+def rank_trainable(
+    bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int
+) -> tf.Tensor:
+    """How many ones there are before each of some bits; see `reference.rank_trainable`."""
+    if library := _library():
+        return library.freezeops_rank_trainable(bits, mask, offsets, indices, kept=kept)
+    return reference.rank_trainable(bits, mask, offsets, indices, kept)
+
+
 def seed_slots(
     unseeded: tf.Variable,
     gradient: tf.Tensor | tf.IndexedSlices,
@@ -216,4 +270,8 @@ tf.RegisterGradient("Freezeops>MaskGradient")(_mask_gradient_gradient)
 tf.RegisterGradient("Freezeops>MaskSlices")(_mask_slices_gradient)
 tf.no_gradient("Freezeops>RememberFrozen")
 tf.no_gradient("Freezeops>RestoreFrozen")
+tf.no_gradient("Freezeops>GatherTrainable")
+tf.no_gradient("Freezeops>ReadTrainable")
+tf.no_gradient("Freezeops>ScatterTrainable")
+tf.no_gradient("Freezeops>RankTrainable")
 tf.no_gradient("Freezeops>SeedSlots")

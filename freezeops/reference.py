@@ -41,6 +41,21 @@ def bit_indices(packed: np.ndarray, size: int) -> np.ndarray:
     return np.flatnonzero(unpack_bits(packed, size)).astype(np.int64)
 
 
+RANK_BLOCK_BITS = 2048
+"""Bits of a mask for which ranks are counted together; `kRankBlockBits` in `csrc/mask_layout.h`."""
+
+_ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+
+
+def rank_offsets(packed: np.ndarray, kept: int) -> np.ndarray:
+    """The number of ones before each block of `RANK_BLOCK_BITS` bits, and their total, as `int64`."""
+    ones = _ONES_IN_BYTE[packed[: (kept + 7) // 8]]
+    if kept % 8:
+        ones[-1] = _ONES_IN_BYTE[packed[-1] & ((1 << kept % 8) - 1)]
+    blocks = np.add.reduceat(ones, np.arange(0, ones.size, RANK_BLOCK_BITS // 8), dtype=np.int64) if kept else []
+    return np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
+
+
 def _unpack(mask: tf.Tensor, kept: int) -> tf.Tensor:
     """Packed bits to a boolean tensor of shape `[kept]`."""
     shifts = tf.range(8, dtype=tf.int32)
@@ -159,6 +174,98 @@ def _scatter_frozen(flat: tf.Tensor, passing: tf.Tensor, frozen: tf.Tensor) -> t
     integer = integers_like(flat.dtype)
     scattered = tf.tensor_scatter_nd_update(tf.bitcast(flat, integer), tf.where(~passing), tf.bitcast(frozen, integer))
     return tf.bitcast(scattered, flat.dtype)
+
+
+def gather_trainable(
+    source: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
+) -> tf.Tensor:
+    """The trainable entries of a tensor in order, and zeros up to the capacity.
+
+    Args:
+        source: Float tensor of `layout.size` entries.
+        mask: Packed bits. Neither these nor the offsets are looked at here: the indices say the same.
+        offsets: `int64` vector, see `rank_offsets`.
+        indices: `int32` or `int64` vector as long as the capacity: the positions of the ones among
+            the bits, ascending, and from their number on anything that is at least `layout.kept`.
+        layout: `(1, kept, inner)`.
+
+    Returns:
+        A vector of `capacity * inner` entries.
+    """
+    del offsets
+    _check_traced_masks(mask, layout)
+    kept, inner = layout.kept, layout.inner
+    capacity = indices.shape[0]
+    if not kept or not capacity:
+        return tf.zeros([capacity * inner], source.dtype)
+    rows = tf.reshape(tf.bitcast(source, integers_like(source.dtype)), [kept, inner])
+    gathered = tf.gather(rows, tf.minimum(indices, kept - 1))
+    chosen = tf.where((indices < kept)[:, None], gathered, tf.zeros_like(gathered))
+    return tf.bitcast(tf.reshape(chosen, [capacity * inner]), source.dtype)
+
+
+def read_trainable(
+    variable: tf.Variable, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
+) -> tf.Tensor:
+    """`gather_trainable` from a variable."""
+    return gather_trainable(variable.read_value(), mask, offsets, indices, layout)
+
+
+def scatter_trainable(
+    variable: tf.Variable,
+    compact: tf.Tensor,
+    mask: tf.Tensor,
+    offsets: tf.Tensor,
+    indices: tf.Tensor,
+    layout: Layout,
+) -> None:
+    """Writes the trainable entries of a variable; the reverse of `read_trainable`."""
+    del offsets
+    _check_traced_masks(mask, layout)
+    kept, inner = layout.kept, layout.inner
+    capacity = indices.shape[0]
+    if not layout.size or not capacity:
+        return
+    integer = integers_like(variable.dtype)
+    value = variable.read_value()
+    old = tf.reshape(tf.bitcast(value, integer), [kept, inner])
+    new = tf.reshape(tf.bitcast(compact, integer), [capacity, inner])
+    # Shapes must be static, so what stands for no entry writes what the first index writes, or an old value.
+    valid = indices < kept
+    any_valid = valid[0]
+    target = tf.where(valid, indices, tf.where(any_valid, indices[0], 0))
+    rows = tf.where(valid[:, None], new, tf.where(any_valid, new[0], old[0])[None, :])
+    written = tf.tensor_scatter_nd_update(old, target[:, None], rows)
+    variable.assign(tf.bitcast(tf.reshape(written, tf.shape(value)), variable.dtype))
+
+
+def rank_trainable(
+    bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int
+) -> tf.Tensor:
+    """How many ones there are before each of some bits: where their entries are in compact state.
+
+    Args:
+        bits: `int64` vector of positions of bits.
+        mask: As for `gather_trainable`.
+        offsets: Likewise.
+        indices: Likewise.
+        kept: Number of bits.
+
+    Returns:
+        An `int64` vector like `bits`, with at most the capacity less one.
+    """
+    del mask, offsets, kept
+    ranks = tf.searchsorted(tf.cast(indices, tf.int64), bits, out_type=tf.int64)
+    return tf.clip_by_value(ranks, 0, max(indices.shape[0] - 1, 0))
+
+
+def _check_traced_masks(mask: tf.Tensor, layout: Layout) -> None:
+    """Where the mask was emptied by `repack`, a function that was traced before fails here as it runs."""
+    tf.debugging.assert_equal(
+        tf.size(mask),
+        layout.packed_bytes,
+        "mask must have one bit for each kept index; a function that was traced before `repack` must be traced again",
+    )
 
 
 def seed_slots(

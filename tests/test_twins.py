@@ -337,3 +337,119 @@ def test_seed_slots_refuses_what_does_not_fit():
     with pytest.raises(tf.errors.InvalidArgumentError, match="index 3"):
         ops.seed_slots(bits, slices, one, [slot], [2])
     assert not slot.numpy().any()
+
+
+COMPACT_LAYOUTS = st.one_of(
+    st.builds(Layout, st.just(1), LENGTHS, st.just(1)),
+    st.builds(Layout, st.just(1), LENGTHS, REPEATS),
+    st.builds(Layout, st.just(1), st.sampled_from([2047, 2048, 2049, 5000, 70_001]), st.sampled_from([1, 1, 3, 64])),
+)
+
+
+def index_of(packed, layout, room):
+    """Mask, rank offsets and indices as a compact variable keeps them, with room for more entries."""
+    ones = reference.bit_indices(packed, layout.kept)
+    indices = np.concatenate([ones, layout.kept + np.arange(room)]).astype(np.int32)
+    return (
+        tf.constant(packed),
+        tf.constant(reference.rank_offsets(packed, layout.kept)),
+        tf.constant(indices),
+    )
+
+
+@pytest.mark.parametrize("mode", ["eager", "function"])
+@SETTINGS
+@given(
+    layout=COMPACT_LAYOUTS,
+    dtype=st.sampled_from(list(DTYPES)),
+    density=DENSITIES,
+    room=st.sampled_from([0, 0, 1, 9]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(Layout(1, 0, 1), "float32", 0.5, 0, 0)
+@example(Layout(1, 0, 3), "bfloat16", 0.5, 2, 0)
+def test_gather_and_scatter_trainable(mode, layout, dtype, density, room, seed):
+    rng = np.random.default_rng(seed)
+    old, new = any_bits(rng, dtype, layout.size), any_bits(rng, dtype, layout.size)
+    packed = any_mask(rng, layout, density)
+    index = index_of(packed, layout, room)
+    passing = np.repeat(reference.unpack_bits(packed, layout.kept), layout.inner)
+    for library in (ops, reference):
+        variable = tf.Variable(tf.constant(old))
+
+        def step(value, variable=variable, library=library):
+            read = library.read_trainable(variable, *index, layout)
+            compact = library.gather_trainable(value, *index, layout)
+            library.scatter_trainable(variable, compact, *index, layout)
+            return read, compact
+
+        read, compact = in_mode(step, mode)(tf.constant(new))
+        rest = np.zeros(room * layout.inner, DTYPES[dtype])
+        assert_same_bits(read, np.concatenate([old[passing], rest]), "read")
+        assert_same_bits(compact, np.concatenate([new[passing], rest]), "gathered")
+        assert_same_bits(variable.numpy(), np.where(passing, new, old), "scattered")
+
+
+@SETTINGS
+@given(
+    kept=st.sampled_from([1, 7, 64, 65, 2047, 2048, 2049, 9000]),
+    density=DENSITIES,
+    room=st.sampled_from([0, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rank_trainable(kept, density, room, seed):
+    rng = np.random.default_rng(seed)
+    layout = Layout(1, kept, 1)
+    packed = any_mask(rng, layout, density)
+    index = index_of(packed, layout, room)
+    bits = rng.integers(0, kept, 50)
+    flags = reference.unpack_bits(packed, kept)
+    capacity = int(flags.sum()) + room
+    expected = np.clip(np.cumsum(flags)[bits] - flags[bits], 0, max(capacity - 1, 0))
+    for library in (ops, reference):
+        ranks = library.rank_trainable(tf.constant(bits), *index, kept)
+        np.testing.assert_array_equal(ranks, expected, library.__name__)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "inner"), [((1,), 1), ((0,), 1), ((67,), 1), ((9, 13), 1), ((9, 13), 13), ((5, 2, 3), 6), ((5000,), 1)]
+)
+def test_compact_under_xla(shape, inner, density, dtype):
+    """XLA's kernels, and the twins compiled by XLA, against the twins outside."""
+    rng = np.random.default_rng(3)
+    size = int(np.prod(shape))
+    layout = Layout(1, size // inner, inner)
+    old, new = (tf.reshape(tf.constant(any_bits(rng, dtype, size)), shape) for _ in range(2))
+    index = index_of(any_mask(rng, layout, density), layout, room=2)
+    bits = tf.constant(rng.integers(0, max(layout.kept, 1), 20))
+    results = []
+    for library, jit in ((ops, True), (reference, True), (reference, False)):
+        variable = tf.Variable(old)
+
+        def step(new, variable=variable, library=library):
+            read = library.read_trainable(variable, *index, layout)
+            compact = library.gather_trainable(new, *index, layout)
+            library.scatter_trainable(variable, compact, *index, layout)
+            return read, compact, library.rank_trainable(bits, *index, layout.kept)
+
+        outputs = tf.function(step, jit_compile=jit)(new)
+        results.append([output.numpy() for output in outputs] + [variable.numpy()])
+    for native, twin, plain in zip(*results, strict=True):
+        for actual, message in ((native, "native under XLA"), (twin, "twin under XLA")):
+            if plain.dtype == np.int64:
+                np.testing.assert_array_equal(actual, plain, message)
+            else:
+                assert_same_bits(actual, plain, message)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2047, 2048, 2049, 10_000])
+def test_rank_offsets(kept):
+    flags = np.random.default_rng(1).random(kept) < 0.3
+    packed = np.packbits(np.concatenate([flags, np.ones(-kept % 8, bool)]), bitorder="little")  # padding counts for nothing
+    offsets = reference.rank_offsets(packed, kept)
+    assert offsets.dtype == np.int64
+    blocks = -(-kept // reference.RANK_BLOCK_BITS)
+    expected = [flags[: i * reference.RANK_BLOCK_BITS].sum() for i in range(blocks)] + [flags.sum()]
+    np.testing.assert_array_equal(offsets, expected)

@@ -35,14 +35,21 @@ struct KernelTable {
   void (*copy_and_zero_frozen[3])(void* destination, const void* source, const MaskView& mask, int64_t begin,
                                   int64_t end);
 
-  // Writes the frozen entries of `source`, in order, to `destination`, which has room for exactly `count` values, the
-  // number of frozen entries in the range.
+  // The number of ones among the mask's bits [begin, end).
+  int64_t (*count_ones)(const uint8_t* bits, int64_t begin, int64_t end);
+
+  // Writes the frozen (or the trainable) entries of `source`, in order, to `destination`, which has room for exactly
+  // `count` values, the number of such entries in the range.
   void (*gather_frozen[3])(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin,
                            int64_t end);
+  void (*gather_trainable[3])(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin,
+                              int64_t end);
 
-  // The reverse: sets the frozen entries of `destination` from the `count` values at `source`.
+  // The reverse: sets the frozen (or the trainable) entries of `destination` from the `count` values at `source`.
   void (*scatter_frozen[3])(void* destination, const void* source, int64_t count, const MaskView& mask, int64_t begin,
                             int64_t end);
+  void (*scatter_trainable[3])(void* destination, const void* source, int64_t count, const MaskView& mask,
+                               int64_t begin, int64_t end);
 
   // destination = source at the frozen (or at the trainable) entries only.
   void (*copy_frozen[3])(void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end);

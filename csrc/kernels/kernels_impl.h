@@ -42,6 +42,41 @@ FREEZEOPS_INLINE void zero_run(U* data, int64_t length) {
   if (bytes > 0) __builtin_memset(to, 0, bytes);
 }
 
+// Asks for the lines of a word that comes later: what the processor asks for by itself ends with each page, and that is
+// soon where most of a page is passed over.
+template <typename U>
+FREEZEOPS_INLINE void prefetch_ahead(const U* word) {
+  constexpr int64_t kAheadBytes = 2048;
+  const char* ahead = reinterpret_cast<const char*>(word) + kAheadBytes;
+  for (int64_t line = 0; line < 64 * static_cast<int64_t>(sizeof(U)); line += 64) __builtin_prefetch(ahead + line);
+}
+
+// The entries of a block of which few are selected. They are used one block later, when the lines that were asked for
+// have come.
+struct FewEntries {
+  int64_t position = 0;
+  int count = 0;
+  uint16_t entries[kFewInBlock + 2];
+};
+
+template <typename U>
+FREEZEOPS_INLINE void collect_few(FewEntries* few, int64_t position, const uint64_t* block, int words, const U* data) {
+  few->position = position;
+  int count = 0;
+  const U* last = data + position;
+  // Written whether there is one or not: whether a word has none, one or two cannot be foreseen.
+  const auto add = [&](int64_t entry, bool any) {
+    few->entries[count] = static_cast<uint16_t>(entry);
+    count += any;
+    last = any ? data + position + entry : last;
+    __builtin_prefetch(last);
+  };
+  visit_few(0, block, words, add, [&](int64_t first, uint64_t more) {
+    for (; more != 0; more &= more - 1) add(first + __builtin_ctzll(more), true);
+  });
+  few->count = count;
+}
+
 template <typename U>
 struct ZeroVisitor {
   U* data;
@@ -99,29 +134,31 @@ struct GatherVisitor {
   U* destination;
   const U* destination_end;
   const U* source;
+  FewEntries waiting;
+  void finish() {
+    const U* from = source + waiting.position;
+    for (int i = 0; i < waiting.count; ++i) *destination++ = from[waiting.entries[i]];
+    waiting.count = 0;
+  }
   void run(int64_t position, int64_t length) {
+    finish();
     copy_run(destination, source + position, length);
     destination += length;
   }
   void word(int64_t position, uint64_t selected) {
+    finish();
+    prefetch_ahead(source + position);
     destination = Words<U>::compress(destination, destination_end, source + position, selected);
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
+    finish();
     destination = ScalarWords<U>::compress_bits(destination, source + position, selected);
   }
   void few(int64_t position, const uint64_t* block, int count) {
-    // All lines are asked for at once: unlike stores, loads that miss hold up what follows them.
-    const U* last = source + position;
-    visit_few(
-        position, block, count,
-        [&](int64_t entry, bool any) {
-          last = any ? source + entry : last;
-          __builtin_prefetch(last);
-        },
-        [](int64_t, uint64_t) {});
-    for (int i = 0; i < count; ++i) {
-      destination = ScalarWords<U>::compress_bits(destination, source + position + 64 * i, block[i]);
-    }
+    FewEntries next;
+    collect_few(&next, position, block, count, source);
+    finish();
+    waiting = next;
   }
 };
 
@@ -130,20 +167,31 @@ struct ScatterVisitor {
   U* destination;
   const U* source;
   const U* source_end;
+  FewEntries waiting;
+  void finish() {
+    U* to = destination + waiting.position;
+    for (int i = 0; i < waiting.count; ++i) to[waiting.entries[i]] = *source++;
+    waiting.count = 0;
+  }
   void run(int64_t position, int64_t length) {
+    finish();
     copy_run(destination + position, source, length);
     source += length;
   }
   void word(int64_t position, uint64_t selected) {
+    finish();
+    prefetch_ahead(destination + position);
     source = Words<U>::expand(destination + position, source, source_end, selected);
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
+    finish();
     source = ScalarWords<U>::expand_bits(destination + position, source, selected);
   }
   void few(int64_t position, const uint64_t* block, int count) {
-    for (int i = 0; i < count; ++i) {
-      source = ScalarWords<U>::expand_bits(destination + position + 64 * i, source, block[i]);
-    }
+    FewEntries next;
+    collect_few(&next, position, block, count, static_cast<const U*>(destination));
+    finish();
+    waiting = next;
   }
 };
 
@@ -190,20 +238,24 @@ void copy_and_zero_frozen(void* destination, const void* source, const MaskView&
   visitor.copy_until(end - begin);
 }
 
-template <typename U>
-void gather_frozen(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin,
-                   int64_t end) {
-  U* const first = static_cast<U*>(destination);
-  GatherVisitor<U> visitor{first, first + count, static_cast<const U*>(source)};
-  walk<false>(mask, begin, end, visitor);
+int64_t count_ones(const uint8_t* bits, int64_t begin, int64_t end) {
+  return begin < end ? count_words(PlainBits({bits, {1, end, 1}}, begin), end - begin) : 0;
 }
 
-template <typename U>
-void scatter_frozen(void* destination, const void* source, int64_t count, const MaskView& mask, int64_t begin,
-                    int64_t end) {
+template <typename U, bool kTrainable>
+void gather(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
+  U* const first = static_cast<U*>(destination);
+  GatherVisitor<U> visitor{first, first + count, static_cast<const U*>(source), {}};
+  walk<kTrainable>(mask, begin, end, visitor);
+  visitor.finish();
+}
+
+template <typename U, bool kTrainable>
+void scatter(void* destination, const void* source, int64_t count, const MaskView& mask, int64_t begin, int64_t end) {
   const U* const first = static_cast<const U*>(source);
-  ScatterVisitor<U> visitor{static_cast<U*>(destination), first, first + count};
-  walk<false>(mask, begin, end, visitor);
+  ScatterVisitor<U> visitor{static_cast<U*>(destination), first, first + count, {}};
+  walk<kTrainable>(mask, begin, end, visitor);
+  visitor.finish();
 }
 
 template <typename U, bool kTrainable>
@@ -221,8 +273,11 @@ void copy_selected(void* destination, const void* source, const MaskView& mask, 
       count_frozen,                                                                                     \
       {zero_frozen<uint16_t>, zero_frozen<uint32_t>, zero_frozen<uint64_t>},                            \
       {copy_and_zero_frozen<uint16_t>, copy_and_zero_frozen<uint32_t>, copy_and_zero_frozen<uint64_t>}, \
-      {gather_frozen<uint16_t>, gather_frozen<uint32_t>, gather_frozen<uint64_t>},                      \
-      {scatter_frozen<uint16_t>, scatter_frozen<uint32_t>, scatter_frozen<uint64_t>},                   \
+      count_ones,                                                                                       \
+      {gather<uint16_t, false>, gather<uint32_t, false>, gather<uint64_t, false>},                      \
+      {gather<uint16_t, true>, gather<uint32_t, true>, gather<uint64_t, true>},                         \
+      {scatter<uint16_t, false>, scatter<uint32_t, false>, scatter<uint64_t, false>},                   \
+      {scatter<uint16_t, true>, scatter<uint32_t, true>, scatter<uint64_t, true>},                      \
       {copy_selected<uint16_t, false>, copy_selected<uint32_t, false>, copy_selected<uint64_t, false>}, \
       {copy_selected<uint16_t, true>, copy_selected<uint32_t, true>, copy_selected<uint64_t, true>},    \
   }

@@ -25,16 +25,7 @@ inline Residence ResidenceOf(int64_t bytes) {
 }
 
 inline absl::Status CheckMask(const tensorflow::Tensor& mask, const MaskLayout& layout) {
-  if (mask.dims() == 1 && mask.dim_size(0) == mask_bytes(layout.kept)) return absl::OkStatus();
-  return InvalidArgument("mask must have shape [", mask_bytes(layout.kept), "], one bit for each of the ", layout.kept,
-                         " kept indices of layout ", LayoutString(layout), ". Received: mask of shape ",
-                         mask.shape().DebugString());
-}
-
-inline absl::Status CheckEntries(const char* what, const tensorflow::TensorShape& shape, const MaskLayout& layout) {
-  if (shape.num_elements() == entries(layout)) return absl::OkStatus();
-  return InvalidArgument(what, " must have the ", entries(layout), " entries of layout ", LayoutString(layout),
-                         ". Received: ", what, " of shape ", shape.DebugString());
+  return CheckMask(mask.shape(), layout);
 }
 
 inline MaskView ViewOf(const tensorflow::Tensor& mask, const MaskLayout& layout) {

@@ -1,4 +1,5 @@
-// The `layout` attribute, [outer, kept, inner], read and checked in the same way by shape functions and kernels.
+// The `layout` attribute, [outer, kept, inner], read and checked in the same way by shape functions and kernels, and what
+// must fit it.
 
 #ifndef FREEZEOPS_OPS_LAYOUT_ATTR_H_
 #define FREEZEOPS_OPS_LAYOUT_ATTR_H_
@@ -10,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "mask_layout.h"
 #include "ops/tf_compat.h"
+#include "tensorflow/core/framework/tensor_shape.h"
 
 namespace freezeops {
 
@@ -43,6 +45,21 @@ absl::Status GetLayout(Context* context, MaskLayout* layout) {
   std::vector<int64_t> values;
   absl::Status status = context->GetAttr("layout", &values);
   return status.ok() ? ParseLayout(values, layout) : status;
+}
+
+inline absl::Status CheckMask(const tensorflow::TensorShape& mask, const MaskLayout& layout) {
+  if (mask.dims() == 1 && mask.dim_size(0) == mask_bytes(layout.kept)) return absl::OkStatus();
+  // `repack` empties the masks that it replaces, so that no function goes on with them.
+  const char* hint = mask.num_elements() == 0 ? "; a function that was traced before `repack` must be traced again" : "";
+  return InvalidArgument("mask must have shape [", mask_bytes(layout.kept), "], one bit for each of the ", layout.kept,
+                         " kept indices of layout ", LayoutString(layout), ". Received: mask of shape ",
+                         mask.DebugString(), hint);
+}
+
+inline absl::Status CheckEntries(const char* what, const tensorflow::TensorShape& shape, const MaskLayout& layout) {
+  if (shape.num_elements() == entries(layout)) return absl::OkStatus();
+  return InvalidArgument(what, " must have the ", entries(layout), " entries of layout ", LayoutString(layout),
+                         ". Received: ", what, " of shape ", shape.DebugString());
 }
 
 }  // namespace freezeops

@@ -1,4 +1,5 @@
-// The ops' signatures and shape functions. Kernels: mask_ops.cc, variable_ops.cc, seed_ops.cc (CPU), xla_kernels.cc.
+// The ops' signatures and shape functions. Kernels: mask_ops.cc, variable_ops.cc, compact_ops.cc, seed_ops.cc
+// (CPU), xla_kernels.cc.
 
 #include <vector>
 
@@ -151,6 +152,74 @@ absl::Status SeedSlotsShape(InferenceContext* c) {
   return CheckEntries(c, "values", c->input(1), MaskLayout{1, size, 1});
 }
 
+// Inputs `first` and on are the mask, its rank offsets and the indices of its trainable entries. Sets `compact` to the
+// shape of what these name, flat.
+absl::Status CheckTrainable(InferenceContext* c, int first, const MaskLayout& layout, ShapeHandle* compact) {
+  if (layout.outer != 1) {
+    return InvalidArgument("layout must be one that does not repeat, with outer = 1. Received: layout=",
+                           LayoutString(layout));
+  }
+  TF_RETURN_IF_ERROR(CheckMask(c, first, layout));
+  ShapeHandle offsets, indices;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(first + 1), 1, &offsets));
+  DimensionHandle unused;
+  if (!c->WithValue(c->Dim(offsets, 0), rank_blocks(layout.kept) + 1, &unused).ok()) {
+    return InvalidArgument("offsets must have shape [", rank_blocks(layout.kept) + 1, "], one for each block of ",
+                           kRankBlockBits, " of the mask's ", layout.kept,
+                           " bits and their total. Received: offsets of shape ", c->DebugString(offsets));
+  }
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(first + 2), 1, &indices));
+  DimensionHandle length;
+  TF_RETURN_IF_ERROR(c->Multiply(c->Dim(indices, 0), layout.inner, &length));
+  *compact = c->Vector(length);
+  return absl::OkStatus();
+}
+
+absl::Status GatherTrainableShape(InferenceContext* c) {
+  MaskLayout layout;
+  ShapeHandle compact;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  TF_RETURN_IF_ERROR(CheckEntries(c, "source", c->input(0), layout));
+  TF_RETURN_IF_ERROR(CheckTrainable(c, 1, layout, &compact));
+  c->set_output(0, compact);
+  return absl::OkStatus();
+}
+
+absl::Status ReadTrainableShape(InferenceContext* c) {
+  MaskLayout layout;
+  ShapeHandle compact;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
+  TF_RETURN_IF_ERROR(CheckTrainable(c, 1, layout, &compact));
+  c->set_output(0, compact);
+  return absl::OkStatus();
+}
+
+absl::Status ScatterTrainableShape(InferenceContext* c) {
+  MaskLayout layout;
+  ShapeHandle compact;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
+  TF_RETURN_IF_ERROR(CheckTrainable(c, 2, layout, &compact));
+  const DimensionHandle given = c->NumElements(c->input(1));
+  const DimensionHandle wanted = c->Dim(compact, 0);
+  if (c->ValueKnown(given) && c->ValueKnown(wanted) && c->Value(given) != c->Value(wanted)) {
+    return InvalidArgument("compact must have ", layout.inner, " entries for each of the indices, ", c->Value(wanted),
+                           ". Received: compact of shape ", c->DebugString(c->input(1)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RankTrainableShape(InferenceContext* c) {
+  int64_t kept;
+  ShapeHandle unused;
+  TF_RETURN_IF_ERROR(c->GetAttr("kept", &kept));
+  if (kept < 0) return InvalidArgument("kept must not be negative. Received: kept=", kept);
+  TF_RETURN_IF_ERROR(CheckTrainable(c, 1, MaskLayout{1, kept, 1}, &unused));
+  c->set_output(0, c->input(0));
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 REGISTER_OP("Freezeops>MaskGradient")
@@ -243,6 +312,73 @@ scales: One for each slot.
 slots: Variables of `size` entries.
 powers: 1 or 2 for each slot.
 size: The number of entries.
+)doc");
+
+REGISTER_OP("Freezeops>GatherTrainable")
+    .Input("source: T")
+    .Input("mask: uint8")
+    .Input("offsets: int64")
+    .Input("indices: Tindices")
+    .Output("compact: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Tindices: {int32, int64}")
+    .Attr("layout: list(int)")
+    .SetShapeFn(GatherTrainableShape)
+    .Doc(R"doc(
+The trainable entries of a tensor in order, and zeros up to the capacity, flat.
+
+source: A tensor of kept * inner entries.
+mask: The packed mask, one bit for each kept index, little bit order, 1 = trainable.
+offsets: The number of ones before each block of 2048 bits, and their total.
+indices: The kept indices of the ones, ascending; from the total on, up to the capacity, each at least `kept`. Kernels
+  look at the mask and the offsets or at these, which must say the same.
+layout: [1, kept, inner]; entry k * inner + j uses bit k.
+)doc");
+
+REGISTER_OP("Freezeops>ReadTrainable")
+    .Input("variable: resource")
+    .Input("mask: uint8")
+    .Input("offsets: int64")
+    .Input("indices: Tindices")
+    .Output("compact: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Tindices: {int32, int64}")
+    .Attr("layout: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(ReadTrainableShape)
+    .Doc(R"doc(
+GatherTrainable from a variable.
+)doc");
+
+REGISTER_OP("Freezeops>ScatterTrainable")
+    .Input("variable: resource")
+    .Input("compact: T")
+    .Input("mask: uint8")
+    .Input("offsets: int64")
+    .Input("indices: Tindices")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Tindices: {int32, int64}")
+    .Attr("layout: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(ScatterTrainableShape)
+    .Doc(R"doc(
+Writes the trainable entries of a variable, and no other; the reverse of ReadTrainable.
+)doc");
+
+REGISTER_OP("Freezeops>RankTrainable")
+    .Input("bits: int64")
+    .Input("mask: uint8")
+    .Input("offsets: int64")
+    .Input("indices: Tindices")
+    .Output("ranks: int64")
+    .Attr("Tindices: {int32, int64}")
+    .Attr("kept: int")
+    .SetShapeFn(RankTrainableShape)
+    .Doc(R"doc(
+The number of ones before each of the given bits, at most one less than the capacity: where in compact state its entries
+are, if it is one itself.
+
+kept: The number of the mask's bits.
 )doc");
 
 }  // namespace freezeops

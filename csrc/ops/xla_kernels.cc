@@ -3,6 +3,7 @@
 // Registered for the JIT devices directly: the registration macro of XLA's own kernels takes effect only if the library
 // is loaded before XLA is used for the first time.
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -25,19 +26,6 @@ absl::Status GetShape(XlaOpKernelContext* ctx, int input, TensorShape* shape) {
   TF_ASSIGN_OR_RETURN(const xla::Shape xla_shape, ctx->InputXlaShape(input));
   for (const int64_t size : xla_shape.dimensions()) TF_RETURN_IF_ERROR(shape->AddDimWithStatus(size));
   return absl::OkStatus();
-}
-
-absl::Status CheckMask(const TensorShape& mask, const MaskLayout& layout) {
-  if (mask.dims() == 1 && mask.dim_size(0) == mask_bytes(layout.kept)) return absl::OkStatus();
-  return InvalidArgument("mask must have shape [", mask_bytes(layout.kept), "], one bit for each of the ", layout.kept,
-                         " kept indices of layout ", LayoutString(layout), ". Received: mask of shape ",
-                         mask.DebugString());
-}
-
-absl::Status CheckEntries(const char* what, const TensorShape& shape, const MaskLayout& layout) {
-  if (shape.num_elements() == entries(layout)) return absl::OkStatus();
-  return InvalidArgument(what, " must have the ", entries(layout), " entries of layout ", LayoutString(layout),
-                         ". Received: ", what, " of shape ", shape.DebugString());
 }
 
 // The unsigned integers as wide as a floating type. Values are chosen as integers: a choice among floats may turn a
@@ -326,6 +314,168 @@ class SeedSlotsXlaOp : public XlaOpKernel {
   std::vector<int64_t> powers_;
 };
 
+// Compact state: entries are found by their indices. An index that is out of range stands for none: what is gathered
+// there is zero, and nothing is scattered.
+class CompactXlaOp : public XlaOpKernel {
+ public:
+  explicit CompactXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+  }
+
+ protected:
+  // Inputs `first` and on are the mask, its offsets and the indices.
+  absl::Status CheckTrainable(XlaOpKernelContext* ctx, int first) {
+    TensorShape mask_shape, indices_shape;
+    TF_RETURN_IF_ERROR(GetShape(ctx, first, &mask_shape));
+    TF_RETURN_IF_ERROR(CheckMask(mask_shape, layout_));
+    TF_RETURN_IF_ERROR(GetShape(ctx, first + 2, &indices_shape));
+    if (layout_.outer != 1 || indices_shape.dims() != 1) {
+      return InvalidArgument("layout must be one that does not repeat, and indices a vector. Received: layout=",
+                             LayoutString(layout_), ", indices of shape ", indices_shape.DebugString());
+    }
+    capacity_ = indices_shape.dim_size(0);
+    return absl::OkStatus();
+  }
+
+  // [kept] or, where a bit stands for more than one entry, [kept, inner].
+  std::vector<int64_t> Dims(int64_t count) const {
+    std::vector<int64_t> dims = {count};
+    if (layout_.inner > 1) dims.push_back(layout_.inner);
+    return dims;
+  }
+
+  absl::Status Gather(XlaOpKernelContext* ctx, XlaOp source, XlaOp indices) {
+    xla::PrimitiveType type;
+    TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    if (capacity_ * layout_.inner == 0 || layout_.kept == 0) {
+      ctx->SetOutput(0, xla::Broadcast(xla::Zero(ctx->builder(), type), {capacity_ * layout_.inner}));
+      return absl::OkStatus();
+    }
+    const xla::PrimitiveType integers = IntegersFor(dtype_);
+    xla::GatherDimensionNumbers numbers;
+    numbers.add_collapsed_slice_dims(0);
+    numbers.add_start_index_map(0);
+    numbers.set_index_vector_dim(1);
+    std::vector<int64_t> slice = {1};
+    if (layout_.inner > 1) {
+      numbers.add_offset_dims(1);
+      slice.push_back(layout_.inner);
+    }
+    const XlaOp values = xla::Reshape(xla::BitcastConvertType(source, integers), Dims(layout_.kept));
+    const XlaOp gathered = xla::Gather(values, indices, numbers, slice, /*indices_are_sorted=*/true);
+    const XlaOp valid = xla::ConvertElementType(xla::Lt(indices, xla::ScalarLike(indices, layout_.kept)), integers);
+    const XlaOp all = xla::BroadcastInDim(xla::Sub(xla::Zero(ctx->builder(), integers), valid), Dims(capacity_), {0});
+    const XlaOp compact = xla::BitcastConvertType(xla::And(all, gathered), type);
+    ctx->SetOutput(0, xla::Reshape(compact, {capacity_ * layout_.inner}));
+    return absl::OkStatus();
+  }
+
+  MaskLayout layout_;
+  DataType dtype_;
+  int64_t capacity_ = 0;
+};
+
+class GatherTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &shape));
+    OP_REQUIRES_OK(ctx, CheckEntries("source", shape, layout_));
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
+    OP_REQUIRES_OK(ctx, Gather(ctx, ctx->Input(0), ctx->Input(3)));
+  }
+};
+
+class ReadTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    OP_REQUIRES_OK(ctx, Gather(ctx, value, ctx->Input(3)));
+  }
+};
+
+class ScatterTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape, compact_shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 2));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &compact_shape));
+    OP_REQUIRES(ctx, compact_shape.num_elements() == capacity_ * layout_.inner,
+                InvalidArgument("compact must have ", layout_.inner, " entries for each of the ", capacity_,
+                                " indices. Received: compact of shape ", compact_shape.DebugString()));
+    if (compact_shape.num_elements() == 0 || entries(layout_) == 0) return;
+    xla::PrimitiveType type;
+    OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    // As floats where that keeps every bit: as integers the whole variable would be copied. XLA scatters 16-bit floats
+    // by way of float32, which changes NaNs in entries that no index names.
+    const bool as_is = tensorflow::DataTypeSize(dtype_) > 2;
+    const xla::PrimitiveType scattered = as_is ? type : IntegersFor(dtype_);
+    const auto to_scattered = [&](XlaOp x) { return as_is ? x : xla::BitcastConvertType(x, scattered); };
+    const std::unique_ptr<xla::XlaBuilder> second = ctx->builder()->CreateSubBuilder("second");
+    const xla::Shape scalar = xla::ShapeUtil::MakeShape(scattered, {});
+    xla::Parameter(second.get(), 0, scalar, "old");
+    xla::Parameter(second.get(), 1, scalar, "new");
+    xla::ScatterDimensionNumbers numbers;
+    if (layout_.inner > 1) numbers.add_update_window_dims(1);
+    numbers.add_inserted_window_dims(0);
+    numbers.add_scatter_dims_to_operand_dims(0);
+    numbers.set_index_vector_dim(1);
+    const XlaOp old = xla::Reshape(to_scattered(value), Dims(layout_.kept));
+    const XlaOp updates = xla::Reshape(to_scattered(ctx->Input(1)), Dims(capacity_));
+    const XlaOp written = xla::Scatter(old, ctx->Input(4), updates, *second->Build(), numbers,
+                                       /*indices_are_sorted=*/true, /*unique_indices=*/true);
+    const XlaOp reshaped = xla::Reshape(written, shape.dim_sizes());
+    OP_REQUIRES_OK(ctx,
+                   ctx->AssignVariable(0, dtype_, as_is ? reshaped : xla::BitcastConvertType(reshaped, type)));
+  }
+};
+
+// A binary search in the indices.
+class RankTrainableXlaOp : public XlaOpKernel {
+ public:
+  explicit RankTrainableXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {}
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape bits_shape, indices_shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &bits_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 3, &indices_shape));
+    const int64_t count = bits_shape.num_elements();
+    const int64_t capacity = indices_shape.num_elements();
+    const XlaOp indices = ctx->Input(3);
+    const xla::PrimitiveType integer = ctx->input_xla_type(3);
+    const auto constant = [&](int64_t value) { return xla::ConstantR0WithType(ctx->builder(), integer, value); };
+    xla::GatherDimensionNumbers numbers;
+    numbers.add_collapsed_slice_dims(0);
+    numbers.add_start_index_map(0);
+    numbers.set_index_vector_dim(1);
+    const XlaOp bits = xla::ConvertElementType(xla::Reshape(ctx->Input(0), {count}), integer);
+    XlaOp rank = xla::Broadcast(constant(0), {count});
+    int64_t step = 1;
+    while (step * 2 <= capacity) step *= 2;
+    for (; step > 0 && capacity > 0; step /= 2) {
+      const XlaOp next = xla::Add(rank, constant(step));
+      const XlaOp before = xla::Lt(xla::Gather(indices, xla::Sub(next, constant(1)), numbers, {1}), bits);
+      rank = xla::Select(xla::And(xla::Le(next, constant(capacity)), before), next, rank);
+    }
+    rank = xla::Clamp(constant(0), rank, constant(std::max<int64_t>(capacity - 1, 0)));
+    ctx->SetOutput(0, xla::Reshape(xla::ConvertElementType(rank, xla::S64), bits_shape.dim_sizes()));
+  }
+};
+
 #define FREEZEOPS_REGISTER(OP, KERNEL)                             \
   REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_CPU_JIT"), KERNEL); \
   REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_GPU_JIT"), KERNEL)
@@ -334,6 +484,10 @@ FREEZEOPS_REGISTER("Freezeops>MaskSlices", MaskSlicesXlaOp);
 FREEZEOPS_REGISTER("Freezeops>RememberFrozen", RememberFrozenXlaOp);
 FREEZEOPS_REGISTER("Freezeops>RestoreFrozen", RestoreFrozenXlaOp);
 FREEZEOPS_REGISTER("Freezeops>SeedSlots", SeedSlotsXlaOp);
+FREEZEOPS_REGISTER("Freezeops>GatherTrainable", GatherTrainableXlaOp);
+FREEZEOPS_REGISTER("Freezeops>ReadTrainable", ReadTrainableXlaOp);
+FREEZEOPS_REGISTER("Freezeops>ScatterTrainable", ScatterTrainableXlaOp);
+FREEZEOPS_REGISTER("Freezeops>RankTrainable", RankTrainableXlaOp);
 #undef FREEZEOPS_REGISTER
 
 }  // namespace
