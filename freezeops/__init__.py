@@ -6,6 +6,7 @@ Polarity, everywhere: True = trainable, False = frozen.
 from freezeops._version import __version__ as __version__
 from freezeops.delta import apply_delta as apply_delta
 from freezeops.delta import export_delta as export_delta
+from freezeops.elementwise import declare_elementwise as declare_elementwise
 from freezeops.mask import Mask as Mask
 from freezeops.maskfile import load_masks as load_masks
 from freezeops.maskfile import save_masks as save_masks

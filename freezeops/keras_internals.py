@@ -7,8 +7,8 @@ Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimi
 import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -69,15 +69,15 @@ def component_beside(other: Variable, variable: Variable, component: tf.Variable
     return other.values[next(i for i, copy in enumerate(copies) if copy is component)]
 
 
-def byte_variable(values: np.ndarray, name: str) -> keras.Variable:
-    """A non-trainable `uint8` variable, mirrored under a `tf.distribute.Strategy`.
+def state_variable(values: np.ndarray, name: str) -> keras.Variable:
+    """A non-trainable variable of integers, mirrored under a `tf.distribute.Strategy`.
 
     Where there are several workers, it begins with the chief's values in all of them, as
     other variables do. TensorFlow 2.21 cannot broadcast bytes, so they travel as integers
     and the variable itself is created as if there were one worker.
     """
     extended = tf.distribute.get_strategy().extended
-    workers = getattr(extended, "_num_workers", 1)
+    workers = getattr(extended, "_num_workers", 1) if values.dtype == np.uint8 else 1
     if workers > 1:
         padded = np.pad(values, (0, -len(values) % 4)).view(np.int32)
         sent = tf.Variable(padded, trainable=False).values[0].numpy()
@@ -87,7 +87,7 @@ def byte_variable(values: np.ndarray, name: str) -> keras.Variable:
         return keras.Variable(
             lambda shape, dtype: tf.constant(values, dtype=dtype),
             shape=values.shape,
-            dtype="uint8",
+            dtype=values.dtype.name,
             trainable=False,
             aggregation="only_first_replica",
             name=name,
@@ -95,6 +95,94 @@ def byte_variable(values: np.ndarray, name: str) -> keras.Variable:
     finally:
         if workers > 1:
             extended._num_workers = workers
+
+
+def stand_in(variable: Variable, shape: Sequence[int]) -> keras.Variable:
+    """A variable of another shape that an optimizer takes for the given one.
+
+    It has its name, its path and its identity, by which optimizers find their slots and
+    which variables are excluded from weight decay. It begins with zeros.
+
+    Args:
+        variable: One of the model's.
+        shape: Shape of the new variable.
+    """
+    own = tf_variable(variable)
+    scope, _, name = own.name.removesuffix(":0").rpartition("/")
+    with tf.name_scope(f"{scope}/" if scope else ""):
+        other = keras.Variable(
+            lambda shape, dtype: tf.zeros(shape, dtype),
+            shape=tuple(shape),
+            dtype=dtype_name(variable),
+            trainable=False,
+            name=name,
+        )
+    other._path = variable_path(variable)
+    value = other.value
+    for copy in value.values if isinstance(value, tf.distribute.DistributedValues) else [value]:
+        copy._unique_id = variable_key(variable)
+    return other
+
+
+def replace_variable(optimizer: keras.optimizers.Optimizer, old: Variable, new: Variable) -> None:
+    """Has a built optimizer train another variable of the same identity, with the slots as they are."""
+    for part in wrapped_optimizers(optimizer):
+        for i, variable in enumerate(getattr(part, "_trainable_variables", [])):
+            if variable is old:
+                part._trainable_variables[i] = new
+
+
+def reshape_variable(variable: keras.Variable, values: np.ndarray, beside: Variable) -> None:
+    """Gives a Keras variable values of another shape; functions that were traced before keep the old ones.
+
+    Args:
+        variable: One of an optimizer's, which keeps its place in all lists.
+        values: The new values.
+        beside: A variable on the same device.
+    """
+    with tf.distribute.get_strategy().extended.colocate_vars_with(tf_variable(beside)):
+        variable._initialize(lambda: tf.constant(values, variable.dtype))
+    variable._shape = tuple(values.shape)
+    variable._ndim = values.ndim
+
+
+class SlotRecord(NamedTuple):
+    """A slot that an optimizer made for one of its variables.
+
+    Attributes:
+        variable: What it was made for.
+        slot: The slot.
+        initializer: What it began with, as Keras's initializers are given.
+    """
+
+    variable: Variable
+    slot: keras.Variable
+    initializer: Any
+
+
+@contextmanager
+def recording_slots(optimizer: keras.optimizers.Optimizer) -> Iterator[list[SlotRecord]]:
+    """Notes the slots that an optimizer makes, by way of `add_variable_from_reference`, while this is entered."""
+    records: list[SlotRecord] = []
+    parts = list(base_optimizers(optimizer))
+
+    def noting(add: Callable[..., keras.Variable]) -> Callable[..., keras.Variable]:
+        def add_variable_from_reference(
+            reference_variable: Variable, name: str | None = None, initializer: Any = "zeros"
+        ) -> keras.Variable:
+            slot = add(reference_variable, name=name, initializer=initializer)
+            records.append(SlotRecord(reference_variable, slot, initializer))
+            return slot
+
+        return add_variable_from_reference
+
+    for part in parts:
+        part.add_variable_from_reference = noting(part.add_variable_from_reference)
+    try:
+        yield records
+    finally:
+        for part in parts:
+            del part.add_variable_from_reference
 
 
 def is_variable(x: Any) -> bool:
@@ -120,6 +208,16 @@ def variable_path(variable: Variable) -> str:
     if isinstance(variable, keras.Variable):
         return variable.path
     return variable.name.removesuffix(":0")
+
+
+def numpy_of(variable: Variable) -> np.ndarray:
+    """A variable's values, of the first copy that this process holds; also outside of a strategy's scope."""
+    return components(variable)[0].numpy()
+
+
+def numpy_dtype(variable: Variable) -> np.dtype:
+    """The dtype of a variable's values as NumPy has them."""
+    return tf.as_dtype(variable.dtype).as_numpy_dtype
 
 
 def dtype_name(variable: Variable) -> str:
@@ -296,7 +394,7 @@ def mask_before_loss_scaling(
 
 
 def guard_swaps(around: Callable[[Any], AbstractContextManager]) -> None:
-    """Has Keras's `SwapEMAWeights` swap inside of a guard.
+    """Has Keras's `SwapEMAWeights` do its work inside of a guard.
 
     It swaps a variable with its average by adding and subtracting, which turns -0.0
     into 0.0 and an infinity into NaN, and gives nobody a say. Changes the callback's
@@ -306,16 +404,19 @@ def guard_swaps(around: Callable[[Any], AbstractContextManager]) -> None:
         around: Gives a context manager for a model's optimizer.
     """
     callback = keras.callbacks.SwapEMAWeights
-    swap = callback._tf_swap_variables
-    if hasattr(swap, "_freezeops_guard"):
-        return
 
-    def guarded(self: Any, optimizer: Any) -> None:
-        with around(self.model.optimizer):
-            swap(self, optimizer)
+    def guarded(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def call(self: Any, optimizer: Any) -> None:
+            with around(self.model.optimizer):
+                method(self, optimizer)
 
-    guarded._freezeops_guard = True  # type: ignore[attr-defined]
-    callback._tf_swap_variables = guarded
+        call._freezeops_guard = True  # type: ignore[attr-defined]
+        return call
+
+    for name in ("_tf_swap_variables", "_tf_finalize_ema_values"):
+        method = getattr(callback, name)
+        if not hasattr(method, "_freezeops_guard"):
+            setattr(callback, name, guarded(method))
 
 
 def moving_state(target: Any) -> list[str]:

@@ -155,7 +155,7 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
         assert plan.layout is not None and plan.mask is not None
         path = keras_internals.variable_path(variable).replace("/", "_")
         with tf.distribute.get_strategy().extended.colocate_vars_with(variable):
-            bits = keras_internals.byte_variable(plan.mask.packed, f"{self.name}_{path}_mask")
+            bits = keras_internals.state_variable(plan.mask.packed, f"{self.name}_{path}_mask")
         self._masks._track_trackable(bits, str(position))
         return FullPartition(variable, plan.layout, bits)
 

@@ -1,6 +1,6 @@
 """What every kind of `MaskedOptimizer` has: its masks, from the users' calls to the bits and into files."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
@@ -10,7 +10,7 @@ import tensorflow as tf
 from freezeops import layout, naming, partition, report, rules
 from freezeops.keras_internals import Variable, variable_path
 from freezeops.mask import Mask
-from freezeops.partition import FullPartition, Partition
+from freezeops.partition import MaskedPartition, Partition
 from freezeops.rules import Rule
 from freezeops.transforms import Gradient
 
@@ -60,7 +60,7 @@ class Masking:
 
     name: str
     _state: State
-    _undo_load: Sequence[tuple[Variable, np.ndarray]] = ()
+    _undo_load: Sequence[tuple[Callable[[Any], None], Any]] = ()
 
     # What the class that takes this in says.
 
@@ -217,7 +217,7 @@ class Masking:
         check_lengths(gradients, variables)
         self._build_once(variables)
         return [
-            None if gradient is None else self._partition(variable).take(gradient)
+            None if gradient is None else self._partition(variable).masked(gradient)
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
 
@@ -253,14 +253,7 @@ class Masking:
 
     def _plan(self, index: rules.VariableIndex, inner_built: bool) -> list[partition.Plan]:
         """What becomes of each variable, with nothing changed yet."""
-        maskable: dict[int, str] = {}
-        for pattern, value in self._state.maskable.items():
-            try:
-                maskable.update(dict.fromkeys(index.find(pattern), value))
-            except ValueError:
-                # Loaded from a file: `Sequential` loses its name in paths, and the file says what to set aside.
-                if not self._state.saved:
-                    raise
+        maskable = self._by_position(self._state.maskable, index)
         masks: dict[int, Mask] = {}
         permanent: set[int] = set()
         for rule in self._state.rules:
@@ -282,10 +275,33 @@ class Masking:
                 f"permanent=True for {[index.paths[i] for i in sorted(permanent)]}"
             )
         saved = self._saved_partitions(index)
+        return self._choose(index, masks, permanent, maskable, saved)
+
+    def _choose(
+        self,
+        index: rules.VariableIndex,
+        masks: Mapping[int, Mask],
+        permanent: set[int],
+        maskable: Mapping[int, str],
+        saved: Sequence[dict[str, Any] | None],
+    ) -> list[partition.Plan]:
+        """The plan of each variable, given by position what is asked for."""
         return [
             partition.choose(variable, masks.get(i), i in permanent, maskable.get(i), saved[i])
             for i, variable in enumerate(index.variables)
         ]
+
+    def _by_position(self, by_pattern: Mapping[str, Any], index: rules.VariableIndex) -> dict[int, Any]:
+        """Settings of variables, given by path pattern; the last that matches counts."""
+        found: dict[int, Any] = {}
+        for pattern, value in by_pattern.items():
+            try:
+                found.update(dict.fromkeys(index.find(pattern), value))
+            except ValueError:
+                # Loaded from a file: `Sequential` loses its name in paths, and the file says what to set aside.
+                if not self._state.saved:
+                    raise
+        return found
 
     def _saved_partitions(self, index: rules.VariableIndex) -> list[dict[str, Any] | None]:
         """Way and layout of each variable from the config that this was made from, if any."""
@@ -343,8 +359,15 @@ class Masking:
                     "`weights` must have packed masks of dtype uint8 where `variables` has masks. Received: "
                     f"dtype={np.asarray(weight).dtype} for {variable_path(variable)!r}"
                 )
+        masks = {id(part.bits): part for part in self._masked_partitions()}
         for variable, weight in zip(variables, weights, strict=True):
-            variable.assign(weight)
+            if part := masks.get(id(variable)):
+                part.fit(Mask(tuple(part.variable.shape), part.layout, np.asarray(weight)))
+        for variable, weight in zip(variables, weights, strict=True):
+            if part := masks.get(id(variable)):
+                part.assign(Mask(tuple(part.variable.shape), part.layout, np.asarray(weight)))
+            else:
+                variable.assign(weight)
 
     def save_own_variables(self, store: _Store) -> None:
         """Saves the masks under their variables' paths; Keras saves the inner optimizer beside.
@@ -404,23 +427,33 @@ class Masking:
                 "The masks in a file must be those of the optimizer's variables. Received: "
                 f"{list(saved['mask'])}, for an optimizer with {[name for name, _ in own]}"
             )
-        changes: list[tuple[Variable, np.ndarray]] = []
-        for (name, kinds), position in zip(own, positions, strict=True):
+        changes: list[tuple[Callable[[Any], None], Any]] = []
+        undo: list[tuple[Callable[[Any], None], Any]] = []
+        for part, (name, kinds), position in zip(self._masked_partitions(), own, positions, strict=True):
             saved_name = list(saved["mask"])[position]
             for kind, (bits, bits_layout) in kinds.items():
                 packed = saved[kind].get(saved_name, np.zeros(bits_layout.packed_bytes, np.uint8))
                 _check_packed(name, packed, bits_layout)
-                changes.append((bits, packed))
-        self._undo_load = [(bits, bits.numpy()) for bits, _ in changes]
-        for bits, packed in changes:
-            bits.assign(packed)
+                if kind == "mask":
+                    undo.append((part.assign, part.mask))
+                    changes.append((part.assign, part.fit(Mask(part.mask.shape, bits_layout, packed))))
+                else:
+                    undo.append((bits.assign, bits.numpy()))
+                    changes.append((bits.assign, packed))
+        self._undo_load = undo
+        for assign, value in changes:
+            assign(value)
         self._state.loaded = {}
 
     def _undo_loaded(self) -> None:
         """Takes the masks of a file back, of which another part was refused."""
-        for bits, packed in self._undo_load:
-            bits.assign(packed)
+        for assign, value in self._undo_load:
+            assign(value)
         self._undo_load = []
+
+    def _masked_partitions(self) -> list[MaskedPartition]:
+        """The partitions of variables that have a mask of their own."""
+        return [part for part in self._state.partitions if isinstance(part, MaskedPartition)]
 
     def _named_bytes(self) -> list[tuple[str, dict[str, tuple[Variable, layout.Layout]]]]:
         """The packed bits of each variable that has any, with the variable's name."""
@@ -428,7 +461,7 @@ class Masking:
         return [
             (name, {"mask": (part.bits, part.layout)} | self._bytes_beside(position))
             for position, (name, part) in enumerate(zip(names, self._state.partitions, strict=True))
-            if isinstance(part, FullPartition)
+            if isinstance(part, MaskedPartition)
         ]
 
 
@@ -458,7 +491,10 @@ class FrozenEntries:
         if error is not None and not tf.executing_eagerly():
             return  # Tracing failed: there is no step to protect.
         for part, snapshot in zip(self._partitions, self._snapshots, strict=True):
-            part.put_back(snapshot)
+            if error is None:
+                part.put_back(snapshot)
+            else:
+                part.abandon(snapshot)
         if error is None:
             for part, average in self._averages:
                 part.put_into_average(average)

@@ -8,12 +8,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import inner_state, keras_internals, layout, masking, partition, rules, unfreezing
-from freezeops.keras_internals import Variable
+from freezeops import compact, inner_state, keras_internals, layout, masking, ops, partition, rules, unfreezing
+from freezeops.compact import Capacity, CompactPartition, TrainableIndex
+from freezeops.compact_slots import CompactSlots, entry_states
+from freezeops.elementwise import check_elementwise
+from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.layout import Layout
 from freezeops.mask import Mask
 from freezeops.masking import FrozenEntries
-from freezeops.partition import FullPartition, Partition, PermanentPartition, UnmaskedPartition
+from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
 from freezeops.slots import slots_of
 from freezeops.transforms import Gradient
 from freezeops.unfreezing import Seeding, VariableSlots
@@ -22,11 +25,22 @@ _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "loss_scale_factor", "gradient_acc
 
 
 class _State(masking.State):
-    """The masks, and what is known of the inner optimizer's slots."""
+    """The masks, and what is known of the inner optimizer's slots.
 
-    def __init__(self, maskable: Mapping[str, str] | None = None):
+    Args:
+        maskable: What the user set aside, by path pattern.
+        capacity: What the user made room for in compact state.
+    """
+
+    def __init__(
+        self,
+        maskable: Mapping[str, str] | None = None,
+        capacity: Capacity | Mapping[str, Capacity] | None = None,
+    ):
         super().__init__(maskable)
+        self.capacity = dict(capacity) if isinstance(capacity, Mapping) else capacity
         self.slots: dict[int, VariableSlots] = {}
+        self.records: dict[int, list[SlotRecord]] = {}
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
@@ -46,7 +60,15 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         inner_optimizer: A `keras.optimizers.Optimizer`.
         masks: Optional mapping of path patterns to masks, as by `register_mask`.
         state: `"full"`: the inner optimizer's slots have their variable's shape.
-            (`"compact"` is not implemented yet.)
+            `"compact"`: it has slots for the trainable entries of masked variables alone, and
+            memory, time and traffic between replicas go with their number. Only for inner
+            optimizers that update each entry by itself (`fz.declare_elementwise`).
+            Variables without a frozen entry when the optimizer is built, and those with a
+            constraint, have full state; `summary()` says so.
+        capacity: With compact state: how many trainable entries a variable has room for, so
+            that its mask can change without a new trace: a number of entries (`int`), a
+            share of them (`float`), or a mapping of path patterns to those. By default as
+            many as are trainable when the optimizer is built; `repack` makes more room.
         maskable: Optional mapping of path patterns to `"elements"` (one bit per
             entry), `"rows"`, `"columns"` or `"none"`: what is set aside for masks
             when the optimizer is built. By default one bit per entry, or per row or
@@ -59,11 +81,13 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             step is then 3.16 learning rates). `"keep"`: they go on with what the slots
             hold. Slots that stand for weights (Ftrl's, ScheduleFreeAdamW's momentum) and
             those of user-written optimizers that nobody declared (`fz.declare_slots`)
-            are kept in any case.
+            are kept in any case. (With compact state an entry that was frozen in a step
+            has no slots to keep: they start as in a new optimizer.)
         name: Optional name.
 
     Raises:
-        ValueError: If an argument belongs to the inner optimizer, or is unknown.
+        ValueError: If an argument belongs to the inner optimizer, or is unknown; with
+            compact state, if the inner optimizer's update of an entry looks at others.
         TypeError: If `inner_optimizer` is no Keras optimizer.
         NotImplementedError: In the scope of a strategy with parameter servers.
 
@@ -91,9 +115,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         maskable: Mapping[str, str] | None = None,
         unfreeze_policy: unfreezing.Policy = "seed",
         name: str | None = None,
+        capacity: Capacity | Mapping[str, Capacity] | None = None,
         **kwargs: Any,
     ):
-        _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, kwargs)
+        _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, kwargs)
         keras_internals.check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
@@ -103,7 +128,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         inner_state.store_scalers_around(MaskedOptimizer)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
-        self._state: _State = _State(maskable)
+        self._state: _State = _State(maskable, capacity)
         # What `tf.train.Checkpoint` saves: by position, as it saves the slots.
         self._masks = tf.Module()
         self.register_masks(masks or {})
@@ -112,7 +137,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
 
     def _before_change(self, position: int, mask: Mask) -> None:
         part = self._state.partitions[position]
-        if isinstance(part, FullPartition) and position in self._state.slots:
+        if isinstance(part, MaskedPartition) and position in self._state.slots:
             self._state.slots[position].change(part.mask, mask, part.layout)
 
     def _after_change(self, positions: set[int]) -> None:
@@ -160,17 +185,24 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         variables = list(variables)
         index = rules.VariableIndex(variables)
         plans = self._plan(index, self.inner_optimizer.built)
-        inner_variables = [variable for variable, plan in zip(variables, plans, strict=True) if plan.way != "permanent"]
-        if not self.inner_optimizer.built:
-            # Not under Keras's `no_automatic_dependency_tracking`, as its own wrapper builds: Nadam's and
-            # Adafactor's state would not be tracked and not be saved.
-            self.inner_optimizer.build(inner_variables)
+        if self.inner_optimizer.built and any(plan.way == "compact" for plan in plans):
+            raise ValueError(
+                "`inner_optimizer` must not be built before it is wrapped for state='compact': its slots have the "
+                f"shapes of whole variables. Received: inner_optimizer={self.inner_optimizer!r}, which is built"
+            )
         try:
             self._state.partitions = [
                 self._make_partition(variable, plan, position)
                 for position, (variable, plan) in enumerate(zip(variables, plans, strict=True))
             ]
             self._state.index = index
+            if not self.inner_optimizer.built:
+                inner_variables = [part.inner_variable for part in self._state.partitions]
+                with keras_internals.recording_slots(self.inner_optimizer) as records:
+                    # Not under Keras's `no_automatic_dependency_tracking`, as its own wrapper builds: Nadam's and
+                    # Adafactor's state would not be tracked and not be saved.
+                    self.inner_optimizer.build([variable for variable in inner_variables if variable is not None])
+                self._keep_records(records)
             self._find_slots()
             with tf.init_scope():
                 for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
@@ -179,7 +211,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                     self._assign_loaded()
         except BaseException:
             # The next attempt begins anew.
-            self._state.partitions, self._state.slots = [], {}
+            self._state.partitions, self._state.slots, self._state.records = [], {}, {}
             self._masks = tf.Module()
             raise
         keras.optimizers.Optimizer.build(self, variables)
@@ -198,19 +230,86 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         if plan.way == "unmasked":
             return UnmaskedPartition(variable, plan.reason)
         assert plan.layout is not None and plan.mask is not None
-        bits = self._make_bits(variable, plan.mask.packed, "mask", str(position))
-        return FullPartition(variable, plan.layout, bits)
+        if plan.way == "compact":
+            return self._make_compact(variable, plan, position)
+        bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
+        return FullPartition(variable, plan.layout, bits, plan.reason)
 
-    def _make_bits(self, variable: Variable, packed: np.ndarray, what: str, key: str) -> keras.Variable:
-        """A `uint8` variable beside one of the model's."""
-        with (
-            keras.name_scope(self.name),
-            self._distribution_strategy.extended.colocate_vars_with(keras_internals.tf_variable(variable)),
-        ):
+    def _make_compact(self, variable: Variable, plan: partition.Plan, position: int) -> CompactPartition:
+        assert plan.layout is not None and plan.mask is not None
+        with tf.init_scope():  # for slots that begin with the variable's values
+            bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
+            packed = keras_internals.numpy_of(bits)  # where there are several workers: the chief's
+            room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
+            offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
+            index = TrainableIndex(
+                plan.layout,
+                bits,
+                self._make_state(variable, offsets, "offsets", f"{position} offsets"),
+                self._make_state(variable, indices, "indices", f"{position} indices"),
+            )
+            with self._beside(variable):
+                inner = keras_internals.stand_in(variable, compact.inner_shape(variable, plan.layout, room))
+            part = CompactPartition(variable, index, inner)
+            part.remember()
+        part.pending = plan.pending
+        return part
+
+    def _beside(self, variable: Variable) -> AbstractContextManager:
+        return self._distribution_strategy.extended.colocate_vars_with(keras_internals.tf_variable(variable))
+
+    def _make_state(self, variable: Variable, values: np.ndarray, what: str, key: str) -> keras.Variable:
+        """A variable of integers beside one of the model's."""
+        with keras.name_scope(self.name), self._beside(variable):
             path = keras_internals.variable_path(variable).replace("/", "_")
-            bits = keras_internals.byte_variable(packed, f"{path}_{what}")
-        self._masks._track_trackable(bits, key)
-        return bits
+            state = keras_internals.state_variable(values, f"{path}_{what}")
+        self._masks._track_trackable(state, key, overwrite=True)
+        return state
+
+    def _choose(
+        self,
+        index: rules.VariableIndex,
+        masks: Mapping[int, Mask],
+        permanent: set[int],
+        maskable: Mapping[int, str],
+        saved: Sequence[dict[str, Any] | None],
+    ) -> list[partition.Plan]:
+        if self.state == "full":
+            return super()._choose(index, masks, permanent, maskable, saved)
+        given = self._state.capacity
+        capacity = self._by_position(given, index) if isinstance(given, Mapping) else {}
+        everywhere = None if isinstance(given, Mapping) else given
+        return [
+            compact.choose(
+                variable,
+                masks.get(i),
+                i in permanent,
+                maskable.get(i),
+                saved[i],
+                capacity.get(i, everywhere),
+                named=i in capacity,
+            )
+            for i, variable in enumerate(index.variables)
+        ]
+
+    def _keep_records(self, records: Sequence[SlotRecord]) -> None:
+        """Keeps what is known of each variable's slots.
+
+        Raises:
+            ValueError: If a compact variable has slots of which nothing is known.
+        """
+        for record in records:
+            position = self._state.index.position(record.variable)
+            self._state.records.setdefault(position, []).append(record)
+        recorded = {id(record.slot) for record in records}
+        shapes = {tuple(p.inner_variable.shape) for p in self._state.partitions if isinstance(p, CompactPartition)}
+        for base in keras_internals.base_optimizers(self.inner_optimizer):
+            for variable in base.variables:
+                if id(variable) not in recorded and tuple(variable.shape) in shapes:
+                    raise ValueError(
+                        "Slots must be made by `add_optimizer_variables` or `add_variable_from_reference` for "
+                        f"state='compact'. Received: {variable.path!r} of {type(base).__name__}, made otherwise"
+                    )
 
     def _find_slots(self) -> None:
         """Prepares for entries that are unfrozen later."""
@@ -218,13 +317,22 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             seeding = Seeding()
             for variable, slots in slots_of(base):
                 position = self._state.index.find_position(variable)
-                if position is None or not isinstance(self._state.partitions[position], FullPartition):
+                if position is None:
                     continue
-                own = VariableSlots(variable, base, slots, self.unfreeze_policy)
+                part = self._state.partitions[position]
+                if isinstance(part, CompactPartition):
+                    states = entry_states(base, self._state.records.get(position, []), slots)
+                    own: VariableSlots = CompactSlots(
+                        variable, part.variable, base, slots, self.unfreeze_policy, states
+                    )
+                elif isinstance(part, FullPartition):
+                    own = VariableSlots(variable, base, slots, self.unfreeze_policy)
+                else:
+                    continue
                 self._state.slots[position] = own
                 if own.seeded:
                     zeros = np.zeros(own.unseeded_bytes, np.uint8)
-                    own.unseeded = self._make_bits(variable, zeros, "unseeded", f"unseeded {position}")
+                    own.unseeded = self._make_state(variable, zeros, "unseeded", f"unseeded {position}")
                     seeding.add(variable, own)
                     keras_internals.before_updates(base, seeding)
 
@@ -262,17 +370,20 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         masking.check_lengths(grads, variables)
         self._build_once(variables)
         with keras.name_scope(self.name):
-            masked = self.mask_gradients(grads, variables)
+            parts = [self._partition(variable) for variable in variables]
+            taken = [
+                None if gradient is None else part.take(gradient) for part, gradient in zip(parts, grads, strict=True)
+            ]
             pairs = [
                 (gradient, inner)
-                for gradient, variable in zip(masked, variables, strict=True)
-                if (inner := self._partition(variable).inner_variable) is not None
+                for gradient, part in zip(taken, parts, strict=True)
+                if (inner := part.inner_variable) is not None
             ]
             if not pairs:
                 # All are frozen for good; the inner optimizer would not count the step.
                 keras_internals.step_counter(self.inner_optimizer).assign_add(1)
                 return
-            with self._frozen_entries(self._touched_rows(masked, variables)):
+            with self._frozen_entries(self._touched_rows(taken, variables)):
                 self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
 
     def _frozen_entries(self, rows: Mapping[int, tf.Tensor] | None = None) -> FrozenEntries:
@@ -292,6 +403,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             self._state.index.position(variable): gradient.indices
             for gradient, variable in zip(gradients, variables, strict=True)
             if isinstance(gradient, tf.IndexedSlices)
+            and self._partition(variable).way == "full"
             and getattr(variable, "constraint", None) is None
             # XLA scatters 16-bit floats by way of float32: NaNs change in rows it does not even name.
             and tf.as_dtype(variable.dtype).size >= 4
@@ -311,7 +423,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
     @tf.autograph.experimental.do_not_convert
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Lets the inner optimizer finalize (EMA), without a change to frozen entries."""
-        inner = [variable for variable in var_list if self._partition(variable).inner_variable is not None]
+        given = [self._partition(variable).inner_variable for variable in var_list]
+        inner = [variable for variable in given if variable is not None]
         with self._frozen_entries():
             self.inner_optimizer.finalize_variable_values(inner)
 
@@ -357,7 +470,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
     @property
     def variables(self) -> list[keras.Variable]:
         """The masks, which entries wait to be seeded, then the inner optimizer's variables."""
-        bits = [part.bits for part in self._state.partitions if isinstance(part, FullPartition)]
+        bits = [part.bits for part in self._masked_partitions()]
         unseeded = [slots.unseeded for slots in self._state.slots.values() if slots.unseeded is not None]
         return bits + unseeded + self.inner_optimizer.variables
 
@@ -371,6 +484,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "state": self.state,
             "unfreeze_policy": self.unfreeze_policy,
+            "capacity": self._state.capacity,
         }
         return config | self._mask_config()
 
@@ -402,7 +516,13 @@ def _guard_of(optimizer: Any) -> AbstractContextManager:
 
 
 def _check_arguments(
-    inner_optimizer: Any, masks: Any, state: Any, maskable: Any, unfreeze_policy: Any, kwargs: Mapping[str, Any]
+    inner_optimizer: Any,
+    masks: Any,
+    state: Any,
+    maskable: Any,
+    unfreeze_policy: Any,
+    capacity: Any,
+    kwargs: Mapping[str, Any],
 ) -> None:
     if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
         of_tf_keras = any(cls.__module__.startswith("tf_keras.") for cls in type(inner_optimizer).__mro__)
@@ -417,10 +537,13 @@ def _check_arguments(
             f"Received: inner_optimizer={inner_optimizer!r}"
         )
     masking.check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
-    if state == "compact":
-        raise NotImplementedError("state='compact' is not implemented yet; use state='full'.")
-    if state != "full":
+    if state not in ("full", "compact"):
         raise ValueError(f"`state` must be 'full' or 'compact'. Received: state={state!r}")
+    compact.check_capacity(capacity)
+    if state == "compact":
+        check_elementwise(inner_optimizer)
+    elif capacity is not None:
+        raise ValueError(f"`capacity` must be None with state='full'. Received: capacity={capacity!r}")
     if unfreeze_policy not in unfreezing.POLICIES:
         raise ValueError(
             f"`unfreeze_policy` must be one of {unfreezing.POLICIES}. Received: unfreeze_policy={unfreeze_policy!r}"

@@ -20,7 +20,7 @@ from freezeops.keras_internals import Variable, components, dtype_name, tf_varia
 from freezeops.layout import Layout
 from freezeops.mask import Mask
 
-Way = Literal["full", "permanent", "unmasked"]
+Way = Literal["full", "compact", "permanent", "unmasked"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,18 @@ class Plan:
         way: Which partition class.
         layout: Layout of the mask variable; `None` where there is none.
         mask: The first mask, in that layout; `None` where there is none.
-        reason: Why the variable can't be masked; empty where it can.
+        reason: Why the variable can't be masked, or why its state is not compact though
+            that was asked for; else empty.
+        capacity: With compact state: how many of the mask's bits may be 1.
+        pending: With compact state: whether the mask is still to come, from a file.
     """
 
     way: Way
     layout: Layout | None = None
     mask: Mask | None = None
     reason: str = ""
+    capacity: int = 0
+    pending: bool = False
 
 
 def choose(
@@ -135,8 +140,27 @@ class Partition(ABC):
         return self.variable
 
     @abstractmethod
+    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        """A gradient of the variable with +0.0 in the frozen entries.
+
+        Raises:
+            ValueError: If it has not the variable's shape.
+        """
+
     def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
         """What the inner optimizer is given for a gradient of the variable."""
+        return self.masked(gradient)
+
+    def _checked(self, gradient: Any) -> transforms.Gradient:
+        if not isinstance(gradient, tf.IndexedSlices):
+            gradient = tf.convert_to_tensor(gradient)
+        shape = transforms.dense_shape(gradient)
+        if not shape.is_compatible_with(self.variable.shape):
+            raise ValueError(
+                "A gradient must have the shape of its variable. Received: gradient of shape "
+                f"{shape} for {self.path!r} of shape {tuple(self.variable.shape)}"
+            )
+        return gradient
 
     def remember(self, rows: tf.Tensor | None = None) -> Any:
         """Called before the inner optimizer runs.
@@ -154,7 +178,11 @@ class Partition(ABC):
         """Sets the frozen entries of an accumulated gradient to zero."""
 
     def put_back(self, snapshot: Any) -> None:
-        """Makes the frozen entries what they were when `snapshot` was taken."""
+        """Called after it ran: makes the frozen entries what they were when `snapshot` was taken."""
+
+    def abandon(self, snapshot: Any) -> None:
+        """Called instead of `put_back` where it failed."""
+        self.put_back(snapshot)
 
     def put_into_average(self, average: Variable) -> None:
         """Makes the frozen entries of a moving-average slot the variable's own."""
@@ -181,6 +209,11 @@ class Partition(ABC):
         return 0
 
     @property
+    def bytes_beside_slots(self) -> dict[str, int]:
+        """Bytes that compact state needs beside slots, by what for."""
+        return {}
+
+    @property
     def note(self) -> str:
         """A word for people on why the way is what it is."""
         return ""
@@ -188,6 +221,36 @@ class Partition(ABC):
     def get_config(self) -> dict[str, Any]:
         """Way and layout, serializable; no mask bits."""
         return {"way": self.way}
+
+
+class MaskedPartition(Partition):
+    """One with a mask that can change: a packed one on the device.
+
+    Attributes:
+        layout: Layout of the bits.
+        bits: `uint8` variable of the packed mask.
+    """
+
+    layout: Layout
+    bits: keras.Variable
+
+    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        bits = tf.convert_to_tensor(tf_variable(self.bits))
+        return transforms.mask_with_bits(self._checked(gradient), bits, self.layout)
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(tuple(self.variable.shape), self.layout, self.bits.numpy())
+
+    def fit(self, mask: Mask) -> Mask:
+        return fit(mask, self.layout, self.variable)
+
+    @property
+    def mask_bytes(self) -> int:
+        return self.layout.packed_bytes
+
+    def get_config(self) -> dict[str, Any]:
+        return {"way": self.way, "layout": list(self.layout)}
 
 
 class _Snapshot(NamedTuple):
@@ -204,33 +267,23 @@ class _Snapshot(NamedTuple):
     rows: tf.Tensor | None = None
 
 
-class FullPartition(Partition):
+class FullPartition(MaskedPartition):
     """The inner optimizer has slots of the variable's shape; what it does to frozen entries is undone.
 
     Args:
         variable: The model's variable.
         layout: Layout of the bits.
         bits: `uint8` variable of the packed mask.
+        reason: Why the state is not compact though that was asked for.
     """
 
     way = "full"
 
-    def __init__(self, variable: Variable, layout: Layout, bits: keras.Variable):
+    def __init__(self, variable: Variable, layout: Layout, bits: keras.Variable, reason: str = ""):
         super().__init__(variable)
         self.layout = layout
         self.bits = bits
-
-    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
-        if not isinstance(gradient, tf.IndexedSlices):
-            gradient = tf.convert_to_tensor(gradient)
-        shape = transforms.dense_shape(gradient)
-        if not shape.is_compatible_with(self.variable.shape):
-            raise ValueError(
-                "A gradient must have the shape of its variable. Received: gradient of shape "
-                f"{shape} for {self.path!r} of shape {tuple(self.variable.shape)}"
-            )
-        bits = tf.convert_to_tensor(tf_variable(self.bits))
-        return transforms.mask_with_bits(gradient, bits, self.layout)
+        self._reason = reason
 
     def remember(self, rows: tf.Tensor | None = None) -> list[_Snapshot]:
         # With the bits of this moment: another thread may change the mask in mid-step.
@@ -265,22 +318,12 @@ class FullPartition(Partition):
         bits = [tf.convert_to_tensor(copy) for copy in components(self.bits)]
         return list(zip(components(variable), bits, strict=True))
 
-    @property
-    def mask(self) -> Mask:
-        return Mask(tuple(self.variable.shape), self.layout, self.bits.numpy())
-
-    def fit(self, mask: Mask) -> Mask:
-        return fit(mask, self.layout, self.variable)
-
     def assign(self, mask: Mask) -> None:
         self.bits.assign(mask.packed)
 
     @property
-    def mask_bytes(self) -> int:
-        return self.layout.packed_bytes
-
-    def get_config(self) -> dict[str, Any]:
-        return {"way": self.way, "layout": list(self.layout)}
+    def note(self) -> str:
+        return self._reason
 
 
 class PermanentPartition(Partition):
@@ -292,7 +335,7 @@ class PermanentPartition(Partition):
     def inner_variable(self) -> None:
         return None
 
-    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
         if isinstance(gradient, tf.IndexedSlices):
             values = tf.zeros_like(gradient.values)
             return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
@@ -326,7 +369,7 @@ class UnmaskedPartition(Partition):
         super().__init__(variable)
         self._reason = reason
 
-    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
         return gradient
 
     @property

@@ -34,7 +34,7 @@ class Slot:
             a first moment starts at zero, and a second one at `g**2`. A moment whose
             bias the optimizer corrects has the scale `1 - beta**steps`.
         initial: What a new optimizer starts the slot with, as a function of the
-            optimizer. Zero by default.
+            optimizer; `None`: with the variable's value. Zero by default.
 
     Raises:
         ValueError: If `role` is no known one.
@@ -42,7 +42,7 @@ class Slot:
 
     role: Role
     scale: Scale | None = None
-    initial: Callable[[Any], float] = lambda optimizer: 0.0
+    initial: Callable[[Any], float] | None = lambda optimizer: 0.0
 
     def __post_init__(self) -> None:
         if self.role not in _ROLES:
@@ -87,7 +87,7 @@ _DECLARED: dict[str, Mapping[str, Slot]] = {
         "adam_velocities": Slot("second_moment", _corrected("adam_beta_2")),
     },
     "ScheduleFreeAdamW": {
-        "_momentums": Slot("weight"),
+        "_momentums": Slot("weight", initial=None),
         "_velocities": Slot("second_moment", _corrected("beta_2")),
     },
 }

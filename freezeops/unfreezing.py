@@ -103,8 +103,12 @@ class VariableSlots:
             return  # Before the first step every slot is as in a new optimizer.
         keep = tf.constant((~newly).with_layout(mask_layout).packed)
         for slot, state in self._resettable:
-            initial = tf.fill([self._size], tf.cast(slot.initial(self._optimizer), state.dtype))
             for component in keras_internals.components(state):
+                if slot.initial is None:
+                    own = keras_internals.component_beside(self.variable, state, component)
+                    initial = tf.reshape(own.read_value(), [self._size])
+                else:
+                    initial = tf.fill([self._size], tf.cast(slot.initial(self._optimizer), state.dtype))
                 ops.restore_frozen(component, keep, initial, mask_layout)
 
     @property

@@ -1,0 +1,286 @@
+"""Compact state: the inner optimizer owns a variable of the trainable entries alone.
+
+Frozen entries are never written, so they keep their bits whatever it does.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from freezeops import ops, partition, reference, transforms
+from freezeops.keras_internals import Variable, components, tf_variable, variable_path
+from freezeops.layout import Layout, elementwise
+from freezeops.mask import Mask
+from freezeops.partition import MaskedPartition, Plan, fit
+
+Capacity: TypeAlias = int | float
+"""Trainable entries that there is room for: a number of entries (`int`) or a share of them (`float`)."""
+
+
+def check_capacity(capacity: Any) -> None:
+    """Raises unless this is what `MaskedOptimizer` takes for `capacity`."""
+    values = capacity.values() if isinstance(capacity, Mapping) else [] if capacity is None else [capacity]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                "`capacity` must be a number of entries (int) or a share of them (float), or map path patterns to "
+                f"those. Received: capacity={capacity!r}"
+            )
+        if value < 0 or (isinstance(value, float) and value > 1):
+            raise ValueError(
+                "`capacity` must be an int that is not negative, or a float from 0.0 to 1.0. Received: "
+                f"capacity={capacity!r}"
+            )
+
+
+def capacity_in_bits(capacity: Capacity, layout: Layout) -> int:
+    """How many of a mask's bits may be 1.
+
+    Args:
+        capacity: As the user gave it.
+        layout: The mask's, `(1, kept, inner)`.
+    """
+    entries = math.ceil(capacity * layout.size) if isinstance(capacity, float) else capacity
+    return min(-(-entries // max(layout.inner, 1)), layout.kept)
+
+
+def beyond_capacity_message(path: str, count: int, room: int) -> str:
+    """What to tell someone whose mask has more trainable entries than there is room for."""
+    return (
+        f"A mask must not have more trainable entries than its variable has room for in compact state. Received: "
+        f"{count} trainable entries for {path!r}, which has room for {room}. Call "
+        f"`optimizer.repack(masks={{{path!r}: mask}})` instead, which makes room, keeps slots and asks for a new "
+        f"trace, or pass capacity={{{path!r}: {count}}} to MaskedOptimizer from the start."
+    )
+
+
+def choose(
+    variable: Variable,
+    mask: Mask | None,
+    permanent: bool = False,
+    maskable: str | None = None,
+    saved: Mapping[str, Any] | None = None,
+    capacity: Capacity | None = None,
+    named: bool = False,
+) -> Plan:
+    """`partition.choose` where compact state was asked for.
+
+    Args:
+        variable: The model's variable.
+        mask: What the rules make of it; `None` where no rule names it.
+        permanent: Whether a rule freezes it for good.
+        maskable: What the user asked to set aside.
+        saved: Way, layout and capacity from a saved config.
+        capacity: What the user asked to make room for; `None`: for the entries that are
+            trainable now.
+        named: Whether the user asked that for this variable in particular.
+
+    Returns:
+        A `Plan`; compact state is not for variables without a frozen entry, nor for those
+        that a norm is taken of whole.
+
+    Raises:
+        ValueError: If the mask needs more than is set aside.
+    """
+    plan = partition.choose(variable, mask, permanent, maskable, saved)
+    if plan.way != "full" or (saved is not None and saved["way"] == "full"):
+        return plan
+    saved_capacity = saved["capacity"] if saved is not None and saved["way"] == "compact" else None
+    assert plan.mask is not None and plan.layout is not None
+    wanted = named or saved_capacity is not None
+    reason = ""
+    if getattr(variable, "constraint", None) is not None:
+        reason = f"a constraint, {type(variable.constraint).__name__}, looks at the whole variable"
+    elif getattr(variable, "overwrite_with_gradient", False):
+        reason = "its gradient overwrites it"
+    elif plan.mask.count() == plan.mask.size and not wanted:
+        reason = "nothing was frozen when built"
+    if reason:
+        return replace(plan, reason=reason)
+    shape = tuple(variable.shape)
+    layout = plan.layout if plan.layout.outer == 1 and plan.layout.kept > 1 else elementwise(shape)
+    if saved_capacity is not None and mask is None:
+        assert saved is not None
+        layout = Layout(*saved["layout"])
+        empty = Mask.frozen(shape).with_layout(layout)
+        return Plan("compact", layout, empty, capacity=saved_capacity, pending=saved_capacity > 0)
+    mask = fit(plan.mask, layout, variable)
+    count = mask.count() // max(layout.inner, 1)
+    room = count if capacity is None else capacity_in_bits(capacity, layout)
+    if count > room:
+        raise ValueError(beyond_capacity_message(variable_path(variable), mask.count(), room * layout.inner))
+    return Plan("compact", layout, mask, capacity=max(room, saved_capacity or 0))
+
+
+def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int, ...]:
+    """Shape of a compact variable: `[capacity]`, or `[capacity, d...]` where each bit stands for a row `[d...]`."""
+    shape = tuple(variable.shape)
+    if layout.inner == 1:
+        return (capacity,)
+    row = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) == layout.inner)
+    return (capacity, *shape[row:])
+
+
+class TrainableIndex:
+    """Which entries of a variable are trainable, in all forms that the ops want it in.
+
+    Args:
+        layout: Layout of the bits, `(1, kept, inner)`.
+        bits: `uint8` variable of the packed mask.
+        offsets: `int64` variable of rank offsets; see `reference.rank_offsets`.
+        indices: `int32` or `int64` variable of the positions of the ones, as long as the capacity.
+    """
+
+    def __init__(self, layout: Layout, bits: keras.Variable, offsets: keras.Variable, indices: keras.Variable):
+        self.layout = layout
+        self.bits = bits
+        self.offsets = offsets
+        self.indices = indices
+
+    @staticmethod
+    def arrays(packed: np.ndarray, layout: Layout, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rank offsets and indices of a packed mask with at most `capacity` ones."""
+        wide = layout.kept + capacity > np.iinfo(np.int32).max
+        indices = layout.kept + np.arange(capacity, dtype=np.int64 if wide else np.int32)
+        ones = ops.bit_indices(packed, layout.kept)
+        indices[: ones.size] = ones
+        return reference.rank_offsets(packed, layout.kept), indices
+
+    @property
+    def variables(self) -> tuple[keras.Variable, keras.Variable, keras.Variable]:
+        """Bits, offsets and indices."""
+        return self.bits, self.offsets, self.indices
+
+    @property
+    def capacity(self) -> int:
+        """How many bits may be 1."""
+        return int(self.indices.shape[0])
+
+    def assign(self, packed: np.ndarray) -> None:
+        """Sets a packed mask of at most `capacity` ones."""
+        offsets, indices = self.arrays(packed, self.layout, self.capacity)
+        self.bits.assign(packed)
+        self.offsets.assign(offsets)
+        self.indices.assign(indices)
+
+    def tensors(self) -> tuple[tf.Tensor, ...]:
+        """Bits, offsets and indices as they are here."""
+        return tuple(tf.convert_to_tensor(tf_variable(variable)) for variable in self.variables)
+
+    def component_tensors(self) -> list[tuple[tf.Tensor, ...]]:
+        """`tensors` for each copy that `keras_internals.components` gives."""
+        copies = zip(*(components(variable) for variable in self.variables), strict=True)
+        return [tuple(tf.convert_to_tensor(copy) for copy in of_one) for of_one in copies]
+
+
+class CompactPartition(MaskedPartition):
+    """The inner optimizer owns a variable of the trainable entries; frozen ones are never written.
+
+    In a step that variable is first filled from the model's, so that whatever was written
+    there from outside counts, and in the end its entries are written back.
+
+    Args:
+        variable: The model's variable.
+        index: Which of its entries are trainable.
+        inner: What the inner optimizer owns, of the shape that `inner_shape` gives.
+    """
+
+    way = "compact"
+
+    def __init__(self, variable: Variable, index: TrainableIndex, inner: keras.Variable):
+        super().__init__(variable)
+        self.layout = index.layout
+        self.bits = index.bits
+        self.index = index
+        self._inner = inner
+        # The mask comes from a file that is to be loaded.
+        self.pending = False
+
+    @property
+    def capacity(self) -> int:
+        """How many of the mask's bits may be 1."""
+        return self.index.capacity
+
+    @property
+    def inner_variable(self) -> keras.Variable:
+        return self._inner
+
+    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        gradient = self._checked(gradient)
+        self._check_not_pending()
+        if isinstance(gradient, tf.IndexedSlices):
+            return self._take_slices(gradient)
+        compact = ops.gather_trainable(gradient, *self.index.tensors(), self.layout)
+        return tf.reshape(compact, self._inner.shape)
+
+    def _take_slices(self, gradient: tf.IndexedSlices) -> transforms.Gradient:
+        """Slices of the compact variable: repeated rows stay repeated, as Keras squares each by itself."""
+        row_shape = tuple(self._inner.shape[1:])
+        if not self.capacity:
+            return tf.zeros(self._inner.shape, gradient.dtype)
+        masked = self.masked(gradient)
+        bits_per_row = self.layout.kept // self.variable.shape[0]
+        first = tf.cast(masked.indices, tf.int64)[:, None] * bits_per_row
+        bits = tf.reshape(first + tf.range(bits_per_row, dtype=tf.int64)[None, :], [-1])
+        # Frozen entries become slices of zeros at some entry's rank.
+        ranks = ops.rank_trainable(bits, *self.index.tensors(), self.layout.kept)
+        values = tf.reshape(masked.values, [-1, *row_shape])
+        return tf.IndexedSlices(values, ranks, tf.constant(self._inner.shape, tf.int64))
+
+    def remember(self, rows: tf.Tensor | None = None) -> None:
+        del rows
+        for variable, inner, index in self._components():
+            inner.assign(tf.reshape(ops.read_trainable(variable, *index, self.layout), inner.shape))
+
+    def put_back(self, snapshot: None) -> None:
+        for variable, inner, index in self._components():
+            ops.scatter_trainable(variable, inner.read_value(), *index, self.layout)
+
+    def abandon(self, snapshot: None) -> None:
+        """Nothing was written."""
+
+    def _components(self) -> list[tuple[tf.Variable, tf.Variable, tuple[tf.Tensor, ...]]]:
+        """The copies of variable and compact variable that this context holds, each with its index."""
+        indices = self.index.component_tensors()
+        return list(zip(components(self.variable), components(self._inner), indices, strict=True))
+
+    def fit(self, mask: Mask) -> Mask:
+        mask = super().fit(mask)
+        if mask.count() > self.capacity * self.layout.inner:
+            room = self.capacity * self.layout.inner
+            raise ValueError(beyond_capacity_message(self.path, mask.count(), room))
+        return mask
+
+    def assign(self, mask: Mask) -> None:
+        self.index.assign(mask.packed)
+        self.pending = self.pending and not mask.count()
+
+    def _check_not_pending(self) -> None:
+        if not self.pending:
+            return
+        with tf.init_scope():
+            self.pending = not self.bits.numpy().any()
+        if self.pending:
+            raise ValueError(
+                "An optimizer with compact state that was made from a config must be given its masks, from a file "
+                f"or by `register_mask`, before it trains. Received: no mask yet for {self.path!r}"
+            )
+
+    @property
+    def bytes_beside_slots(self) -> dict[str, int]:
+        sizes = {"compact values": self._inner}
+        sizes |= dict(zip(("mask bits", "rank offsets", "indices"), self.index.variables, strict=True))
+        return {name: math.prod(v.shape) * tf.as_dtype(v.dtype).size for name, v in sizes.items()}
+
+    @property
+    def note(self) -> str:
+        used, capacity = self.mask.count(), self.capacity * self.layout.inner
+        return "" if used == capacity else f"room for {capacity:,}"
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"capacity": self.capacity}

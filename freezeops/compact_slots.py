@@ -1,0 +1,171 @@
+"""The slots of a compact variable, as entries become trainable or frozen: kept ones keep theirs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from freezeops import keras_internals, ops
+from freezeops.keras_internals import SlotRecord, Variable
+from freezeops.layout import Layout
+from freezeops.mask import Mask
+from freezeops.slots import Slot
+from freezeops.unfreezing import Policy, VariableSlots
+
+
+class EntryState(NamedTuple):
+    """Something that an optimizer keeps for each entry of a variable.
+
+    Attributes:
+        slot: The optimizer's variable, of the shape of what it trains.
+        initializer: Its values in a new optimizer, from a shape and a dtype; `None`: those
+            of the variable itself.
+    """
+
+    slot: keras.Variable
+    initializer: Callable[..., Any] | None
+
+    def initial(self, variable: Variable, by_position: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
+        """What a new optimizer would start with.
+
+        Args:
+            variable: The model's variable.
+            by_position: A shape to bring it into.
+            positions: Along the first axis of that, of the entries in question.
+        """
+        if self.initializer is None:
+            return keras_internals.numpy_of(variable).reshape(by_position)[positions]
+        return np.asarray(self.initializer((positions.size, *by_position[1:]), dtype=self.slot.dtype))
+
+    def numpy(self) -> np.ndarray:
+        """The values now."""
+        return keras_internals.numpy_of(self.slot)
+
+    def assign(self, values: np.ndarray) -> None:
+        """Sets the values in all copies."""
+        for component in keras_internals.components(self.slot):
+            component.assign(values)
+
+
+def entry_states(
+    optimizer: keras.optimizers.Optimizer,
+    records: Sequence[SlotRecord],
+    declared: Sequence[tuple[Slot, keras.Variable]],
+) -> list[EntryState]:
+    """All that an optimizer keeps for the entries of one variable.
+
+    Args:
+        optimizer: The one that trains it.
+        records: The slots that it made for it.
+        declared: Those of known role.
+    """
+    own_values = {id(average) for _, average in keras_internals.average_slots(optimizer)}
+    own_values |= {id(state) for slot, state in declared if slot.initial is None}
+    return [
+        EntryState(slot, None if id(slot) in own_values else keras.initializers.get(initializer))
+        for _, slot, initializer in records
+    ]
+
+
+def positions_of(mask: Mask, layout: Layout) -> np.ndarray:
+    """The positions of the ones among the bits of a mask, ascending."""
+    return ops.bit_indices(mask.with_layout(layout).packed, layout.kept)
+
+
+class _Left(NamedTuple):
+    """State of entries that were frozen since a step, should they come back before the next.
+
+    Attributes:
+        steps: How many steps there were.
+        mask: The mask after the last change.
+        positions: Of the entries.
+        values: Of each state, for these.
+    """
+
+    steps: int
+    mask: Mask
+    positions: np.ndarray
+    values: list[np.ndarray]
+
+
+class CompactSlots(VariableSlots):
+    """The slots of one compact variable, and what becomes of them when its mask changes.
+
+    Args:
+        variable: What the inner optimizer owns.
+        model_variable: The model's variable.
+        optimizer: The optimizer that owns the slots, built.
+        slots: The variable's slots of known role.
+        policy: One of `unfreezing.POLICIES`. There are no slots of frozen entries that `"keep"`
+            could keep: they start as in a new optimizer.
+        states: All that the optimizer keeps for its entries.
+    """
+
+    def __init__(
+        self,
+        variable: keras.Variable,
+        model_variable: Variable,
+        optimizer: keras.optimizers.Optimizer,
+        slots: Sequence[tuple[Slot, Variable]],
+        policy: Policy,
+        states: Sequence[EntryState],
+    ):
+        super().__init__(variable, optimizer, slots, policy)
+        self._model_variable = model_variable
+        self._states = list(states)
+        self._left: _Left | None = None
+
+    def change(self, old: Mask, new: Mask, mask_layout: Layout) -> None:
+        """Moves the slots to where their entries are under another mask.
+
+        Entries that become trainable follow the policy. Several changes between two steps
+        count as one.
+
+        Args:
+            old: The mask until now.
+            new: The mask from now on.
+            mask_layout: The layout of the mask on the device.
+        """
+        steps = keras_internals.step_count(self._optimizer)
+        before, after = positions_of(old, mask_layout), positions_of(new, mask_layout)
+        row_shape = tuple(self.variable.shape[1:])
+        by_position = (mask_layout.kept, *row_shape)
+        left = self._left
+        if left is not None and (left.steps != steps or left.mask != old):
+            left = None
+        known = before if left is None else np.concatenate([before, left.positions])
+        order = np.argsort(known, kind="stable")
+        ordered = known[order]
+        at = np.searchsorted(ordered, after)
+        found = np.zeros(after.size, bool)
+        inside = at < ordered.size
+        found[inside] = ordered[at[inside]] == after[inside]
+        source = order[at[found]]
+        gone = np.flatnonzero(~np.isin(known, after, assume_unique=True))
+
+        current = [state.numpy() for state in self._states]
+        initial = [state.initial(self._model_variable, by_position, after) for state in self._states]
+        if self.unseeded is not None:
+            current.append(self._waiting())
+            initial.append(np.full((after.size, *row_shape), steps > 0))
+        left_values, moved = [], []
+        for number, (values, target) in enumerate(zip(current, initial, strict=True)):
+            of_known = values[: before.size]
+            if left is not None:
+                of_known = np.concatenate([of_known, left.values[number]])
+            result = np.zeros_like(values)
+            result[: after.size] = target
+            result[np.flatnonzero(found)] = of_known[source]
+            moved.append(result)
+            left_values.append(of_known[gone])
+        self._left = _Left(steps, new, known[gone], left_values)
+        for state, values in zip(self._states, moved, strict=False):
+            state.assign(values)
+        if self.unseeded is not None:
+            self.unseeded.assign(ops.pack_bits(moved[-1]))
+
+    def _waiting(self) -> np.ndarray:
+        """Which entries wait to be seeded."""
+        assert self.unseeded is not None
+        return ops.unpack_bits(self.unseeded.numpy(), self._size).reshape(tuple(self.variable.shape))
