@@ -6,7 +6,7 @@ Frozen entries are never written, so they keep their bits whatever it does.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
@@ -67,6 +67,7 @@ def choose(
     saved: Mapping[str, Any] | None = None,
     capacity: Capacity | None = None,
     named: bool = False,
+    at_least: bool = False,
 ) -> Plan:
     """`partition.choose` where compact state was asked for.
 
@@ -79,6 +80,7 @@ def choose(
         capacity: What the user asked to make room for; `None`: for the entries that are
             trainable now.
         named: Whether the user asked that for this variable in particular.
+        at_least: Whether there may be more room than that, if the mask needs it.
 
     Returns:
         A `Plan`; compact state is not for variables without a frozen entry, nor for those
@@ -112,6 +114,8 @@ def choose(
     mask = fit(plan.mask, layout, variable)
     count = mask.count() // max(layout.inner, 1)
     room = count if capacity is None else capacity_in_bits(capacity, layout)
+    if count > room and at_least:
+        room = count
     if count > room:
         raise ValueError(beyond_capacity_message(variable_path(variable), mask.count(), room * layout.inner))
     return Plan("compact", layout, mask, capacity=max(room, saved_capacity or 0))
@@ -124,6 +128,14 @@ def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int,
         return (capacity,)
     row = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) == layout.inner)
     return (capacity, *shape[row:])
+
+
+class IndexTensors(NamedTuple):
+    """What the ops of compact state take; see `reference.gather_trainable`."""
+
+    mask: tf.Tensor
+    offsets: tf.Tensor
+    indices: tf.Tensor
 
 
 class TrainableIndex:
@@ -168,14 +180,14 @@ class TrainableIndex:
         self.offsets.assign(offsets)
         self.indices.assign(indices)
 
-    def tensors(self) -> tuple[tf.Tensor, ...]:
+    def tensors(self) -> IndexTensors:
         """Bits, offsets and indices as they are here."""
-        return tuple(tf.convert_to_tensor(tf_variable(variable)) for variable in self.variables)
+        return IndexTensors(*(tf.convert_to_tensor(tf_variable(variable)) for variable in self.variables))
 
-    def component_tensors(self) -> list[tuple[tf.Tensor, ...]]:
+    def component_tensors(self) -> list[IndexTensors]:
         """`tensors` for each copy that `keras_internals.components` gives."""
         copies = zip(*(components(variable) for variable in self.variables), strict=True)
-        return [tuple(tf.convert_to_tensor(copy) for copy in of_one) for of_one in copies]
+        return [IndexTensors(*(tf.convert_to_tensor(copy) for copy in of_one)) for of_one in copies]
 
 
 class CompactPartition(MaskedPartition):
@@ -230,7 +242,7 @@ class CompactPartition(MaskedPartition):
         # Frozen entries become slices of zeros at some entry's rank.
         ranks = ops.rank_trainable(bits, *self.index.tensors(), self.layout.kept)
         values = tf.reshape(masked.values, [-1, *row_shape])
-        return tf.IndexedSlices(values, ranks, tf.constant(self._inner.shape, tf.int64))
+        return tf.IndexedSlices(values, ranks, tf.constant(list(self._inner.shape), tf.int64))
 
     def remember(self, rows: tf.Tensor | None = None) -> None:
         del rows
@@ -244,7 +256,7 @@ class CompactPartition(MaskedPartition):
     def abandon(self, snapshot: None) -> None:
         """Nothing was written."""
 
-    def _components(self) -> list[tuple[tf.Variable, tf.Variable, tuple[tf.Tensor, ...]]]:
+    def _components(self) -> list[tuple[tf.Variable, tf.Variable, IndexTensors]]:
         """The copies of variable and compact variable that this context holds, each with its index."""
         indices = self.index.component_tensors()
         return list(zip(components(self.variable), components(self._inner), indices, strict=True))

@@ -73,6 +73,37 @@ def positions_of(mask: Mask, layout: Layout) -> np.ndarray:
     return ops.bit_indices(mask.with_layout(layout).packed, layout.kept)
 
 
+def unpacked(values: np.ndarray, entries: np.ndarray, initial: np.ndarray) -> np.ndarray:
+    """Values of some entries, put among those that all entries start with.
+
+    Args:
+        values: Of the entries, in order; what is behind them is ignored.
+        entries: Positions in the flattened variable.
+        initial: A vector with all entries.
+
+    Returns:
+        A vector with all entries.
+    """
+    result = np.array(initial)
+    result[entries] = values.reshape(-1)[: entries.size]
+    return result
+
+
+def packed_into(values: np.ndarray, entries: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The reverse: some entries of a vector, in a shape that has room for them.
+
+    Args:
+        values: A vector with all entries.
+        entries: Positions of those to take; `None`: all.
+        shape: Of the result.
+    """
+    if entries is None:
+        return values.reshape(shape)
+    result = np.zeros(int(np.prod(shape, dtype=np.int64)), values.dtype)
+    result[: entries.size] = values[entries]
+    return result.reshape(shape)
+
+
 class _Left(NamedTuple):
     """State of entries that were frozen since a step, should they come back before the next.
 
@@ -147,7 +178,7 @@ class CompactSlots(VariableSlots):
         current = [state.numpy() for state in self._states]
         initial = [state.initial(self._model_variable, by_position, after) for state in self._states]
         if self.unseeded is not None:
-            current.append(self._waiting())
+            current.append(self.waiting())
             initial.append(np.full((after.size, *row_shape), steps > 0))
         left_values, moved = [], []
         for number, (values, target) in enumerate(zip(current, initial, strict=True)):
@@ -164,8 +195,3 @@ class CompactSlots(VariableSlots):
             state.assign(values)
         if self.unseeded is not None:
             self.unseeded.assign(ops.pack_bits(moved[-1]))
-
-    def _waiting(self) -> np.ndarray:
-        """Which entries wait to be seeded."""
-        assert self.unseeded is not None
-        return ops.unpack_bits(self.unseeded.numpy(), self._size).reshape(tuple(self.variable.shape))

@@ -146,6 +146,18 @@ def reshape_variable(variable: keras.Variable, values: np.ndarray, beside: Varia
     variable._ndim = values.ndim
 
 
+def empty_variable(variable: Variable) -> None:
+    """Takes all values out of a variable, so that every function that was traced with it fails."""
+    value = tf_variable(variable)
+    for copy in value.values if isinstance(value, tf.distribute.DistributedValues) else [value]:
+        tf.raw_ops.AssignVariableOp(resource=copy.handle, value=tf.zeros([0], copy.dtype), validate_shape=False)
+
+
+def length_now(variable: Variable) -> tf.Tensor:
+    """The length of a vector as it is when a function runs, whatever it was when that was traced."""
+    return tf.raw_ops.VariableShape(input=components(variable)[0].handle)[0]
+
+
 class SlotRecord(NamedTuple):
     """A slot that an optimizer made for one of its variables.
 

@@ -83,6 +83,10 @@ class Masking:
         """Packed bits of a variable that are saved beside its mask, by a word for them."""
         return {}
 
+    def _slot_bytes(self) -> list[tuple[int, int]] | None:
+        """For each variable the bytes of its slots, and what they would be in full state; `None`: not to be shown."""
+        return None
+
     # Masks.
 
     def register_mask(self, target: Any, mask: Any) -> None:
@@ -187,11 +191,13 @@ class Masking:
     def summary(self, console: Any = None) -> None:
         """Prints a table: variable, shape, frozen, density, mask bytes, way.
 
+        With compact state also the bytes of the inner optimizer's slots, and those saved.
+
         Args:
             console: `rich.console.Console` to print to. Defaults to standard output.
         """
         if self._state.built:
-            report.print_summary(self.name, self._state.partitions, console)
+            report.print_summary(self.name, self._state.partitions, console, self._slot_bytes())
         else:
             report.print_rules(self.name, self._state.rules, console)
 

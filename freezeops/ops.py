@@ -221,9 +221,7 @@ def scatter_trainable(
         reference.scatter_trainable(variable, compact, mask, offsets, indices, layout)
 
 
-def rank_trainable(
-    bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int
-) -> tf.Tensor:
+def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int) -> tf.Tensor:
     """How many ones there are before each of some bits; see `reference.rank_trainable`."""
     if library := _library():
         return library.freezeops_rank_trainable(bits, mask, offsets, indices, kept=kept)

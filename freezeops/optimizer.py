@@ -1,5 +1,6 @@
 """`MaskedOptimizer`: freezes entries around any Keras optimizer."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,7 +11,7 @@ import tensorflow as tf
 
 from freezeops import compact, inner_state, keras_internals, layout, masking, ops, partition, rules, unfreezing
 from freezeops.compact import Capacity, CompactPartition, TrainableIndex
-from freezeops.compact_slots import CompactSlots, entry_states
+from freezeops.compact_slots import CompactSlots, EntryState, entry_states, packed_into, positions_of, unpacked
 from freezeops.elementwise import check_elementwise
 from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.layout import Layout
@@ -41,6 +42,7 @@ class _State(masking.State):
         self.capacity = dict(capacity) if isinstance(capacity, Mapping) else capacity
         self.slots: dict[int, VariableSlots] = {}
         self.records: dict[int, list[SlotRecord]] = {}
+        self.seedings: dict[int, Seeding] = {}
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
@@ -211,7 +213,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                     self._assign_loaded()
         except BaseException:
             # The next attempt begins anew.
-            self._state.partitions, self._state.slots, self._state.records = [], {}, {}
+            self._state.partitions, self._state.slots = [], {}
+            self._state.records, self._state.seedings = {}, {}
             self._masks = tf.Module()
             raise
         keras.optimizers.Optimizer.build(self, variables)
@@ -276,9 +279,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
     ) -> list[partition.Plan]:
         if self.state == "full":
             return super()._choose(index, masks, permanent, maskable, saved)
-        given = self._state.capacity
-        capacity = self._by_position(given, index) if isinstance(given, Mapping) else {}
-        everywhere = None if isinstance(given, Mapping) else given
+        named, everywhere = self._capacities(self._state.capacity, index)
         return [
             compact.choose(
                 variable,
@@ -286,11 +287,19 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 i in permanent,
                 maskable.get(i),
                 saved[i],
-                capacity.get(i, everywhere),
-                named=i in capacity,
+                named.get(i, everywhere),
+                named=i in named,
             )
             for i, variable in enumerate(index.variables)
         ]
+
+    def _capacities(
+        self, capacity: Capacity | Mapping[str, Capacity] | None, index: rules.VariableIndex
+    ) -> tuple[dict[int, Capacity], Capacity | None]:
+        """Capacities that are given for single variables, by position, and that of all others."""
+        if isinstance(capacity, Mapping):
+            return self._by_position(capacity, index), None
+        return {}, capacity
 
     def _keep_records(self, records: Sequence[SlotRecord]) -> None:
         """Keeps what is known of each variable's slots.
@@ -311,13 +320,17 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                         f"state='compact'. Received: {variable.path!r} of {type(base).__name__}, made otherwise"
                     )
 
-    def _find_slots(self) -> None:
-        """Prepares for entries that are unfrozen later."""
+    def _find_slots(self, positions: set[int] | None = None) -> None:
+        """Prepares for entries that are unfrozen later.
+
+        Args:
+            positions: Of the variables to look at; by default all.
+        """
         for base in keras_internals.base_optimizers(self.inner_optimizer):
-            seeding = Seeding()
+            seeding = self._state.seedings.setdefault(id(base), Seeding())
             for variable, slots in slots_of(base):
                 position = self._state.index.find_position(variable)
-                if position is None:
+                if position is None or (positions is not None and position not in positions):
                     continue
                 part = self._state.partitions[position]
                 if isinstance(part, CompactPartition):
@@ -340,6 +353,135 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         if not self._state.built:
             with keras.name_scope(self.name):
                 self.build(variables)
+
+    # Compact state.
+
+    def repack(
+        self,
+        masks: Mapping[Any, Any] | None = None,
+        capacity: Capacity | Mapping[str, Capacity] | None = None,
+    ) -> None:
+        """Makes compact state anew for the masks as they are, or for others; trainable entries keep their slots.
+
+        For masks that need more room than was set aside, and to give back room (and full
+        state) that masks no longer need. Entries that become trainable follow the unfreeze
+        policy.
+
+        Functions that were traced before must be traced again: call
+        `model.make_train_function(force=True)`, or make your own `tf.function` anew. Those
+        that are not fail when they are called, before they change anything.
+
+        Args:
+            masks: Optional mapping of targets to masks, as for `register_masks`.
+            capacity: Room to make from now on, as in the constructor; by default what was
+                asked for there, and as much as the masks need.
+
+        Raises:
+            ValueError: If the optimizer is not built, has `state="full"`, or something does
+                not fit. Nothing has changed then.
+            RuntimeError: If called while a function is traced.
+        """
+        self._check_built("repack")
+        if self.state != "compact":
+            raise ValueError(f"`repack` must be called with state='compact'. Received: state={self.state!r}")
+        if not tf.executing_eagerly():
+            raise RuntimeError("`repack` must be called outside of `tf.function`. Received: a call while one is traced")
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(f"`masks` must map targets to masks. Received: masks={masks!r}")
+        compact.check_capacity(capacity)
+        index, parts = self._state.index, self._state.partitions
+        new_masks = {i: part.mask for i, part in enumerate(parts)}
+        for target, mask in (masks or {}).items():
+            rule = rules.Rule("register_mask", target, mask)
+            for position in index.find(rule.target):
+                rules.check_maskable_dtype(index.variables[position])
+                new_masks[position] = rule.apply_to(new_masks[position])
+        maskable = self._by_position(self._state.maskable, index)
+        given = self._state.capacity if capacity is None else capacity
+        named, everywhere = self._capacities(given, index)
+        plans: dict[int, partition.Plan] = {}
+        for i, part in enumerate(parts):
+            if not isinstance(part, MaskedPartition):
+                part.fit(new_masks[i])
+                continue
+            plans[i] = compact.choose(
+                part.variable,
+                new_masks[i],
+                maskable=maskable.get(i),
+                capacity=named.get(i, everywhere),
+                named=i in named,
+                at_least=capacity is None,
+            )
+        self._state.capacity = dict(given) if isinstance(given, Mapping) else given
+        with self._distribution_strategy.scope():
+            for position, plan in plans.items():
+                self._rebuild(position, plan)
+            self._after_change(set(plans))
+
+    def _rebuild(self, position: int, plan: partition.Plan) -> None:
+        """Gives one variable the way, layout, room and mask of a plan, and moves its slots."""
+        old = self._state.partitions[position]
+        assert isinstance(old, MaskedPartition) and plan.mask is not None
+        before, new = old.mask, plan.mask
+        same_room = not isinstance(old, CompactPartition) or old.capacity == plan.capacity
+        if (old.way, old.layout) == (plan.way, plan.layout) and same_room:
+            self._before_change(position, new)
+            old.assign(new)
+            return
+        slots = self._state.slots.get(position)
+        optimizer, states = self._states_of(position)
+        elements = layout.elementwise(new.shape)
+        waiting = np.zeros(old.size, bool)
+        if isinstance(old, CompactPartition):
+            if optimizer is not None and keras_internals.step_count(optimizer):
+                waiting[positions_of(new & ~before, elements)] = True
+            entries, everything = positions_of(before, elements), np.arange(old.size)
+            if slots is not None and slots.unseeded is not None:
+                waiting = unpacked(slots.waiting(), entries, waiting)
+            values = [
+                unpacked(state.numpy(), entries, state.initial(old.variable, (old.size,), everything))
+                for state in states
+            ]
+        else:
+            self._before_change(position, new)
+            if slots is not None and slots.unseeded is not None:
+                waiting = slots.waiting().reshape(-1)
+            values = [state.numpy().reshape(-1) for state in states]
+
+        part = self._make_partition(old.variable, plan, position)
+        self._state.partitions[position] = part
+        assert part.inner_variable is not None and old.inner_variable is not None
+        keras_internals.replace_variable(self.inner_optimizer, old.inner_variable, part.inner_variable)
+        target = positions_of(new, elements) if isinstance(part, CompactPartition) else None
+        shape = tuple(part.inner_variable.shape)
+        for state, of_all in zip(states, values, strict=True):
+            keras_internals.reshape_variable(state.slot, packed_into(of_all, target, shape), old.variable)
+        self._find_slots({position})
+        slots = self._state.slots.get(position)
+        if slots is not None and slots.unseeded is not None:
+            slots.unseeded.assign(ops.pack_bits(packed_into(waiting, target, shape)))
+        # What was traced before has the old mask: it must not go on with it.
+        keras_internals.empty_variable(old.bits)
+
+    def _states_of(self, position: int) -> tuple[keras.optimizers.Optimizer | None, list[EntryState]]:
+        """The optimizer that trains a variable, and all that it keeps for its entries."""
+        records = self._state.records.get(position, [])
+        for base in keras_internals.base_optimizers(self.inner_optimizer):
+            for variable, slots in slots_of(base):
+                if self._state.index.find_position(variable) == position:
+                    return base, entry_states(base, records, slots)
+        return None, []
+
+    def _slot_bytes(self) -> list[tuple[int, int]] | None:
+        if self.state == "full":
+            return None
+        sizes = []
+        for i, part in enumerate(self._state.partitions):
+            slots = [record.slot for record in self._state.records.get(i, [])]
+            widths = [tf.as_dtype(slot.dtype).size for slot in slots]
+            own = sum(math.prod(slot.shape) * width for slot, width in zip(slots, widths, strict=True))
+            sizes.append((own, part.size * sum(widths)))
+        return sizes
 
     # Training.
 
@@ -369,7 +511,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         variables = list(trainable_variables)
         masking.check_lengths(grads, variables)
         self._build_once(variables)
-        with keras.name_scope(self.name):
+        with keras.name_scope(self.name), tf.control_dependencies(self._masks_in_use()):
             parts = [self._partition(variable) for variable in variables]
             taken = [
                 None if gradient is None else part.take(gradient) for part, gradient in zip(parts, grads, strict=True)
@@ -385,6 +527,19 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 return
             with self._frozen_entries(self._touched_rows(taken, variables)):
                 self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
+
+    def _masks_in_use(self) -> list[tf.Operation]:
+        """Fails, as a traced step begins, where `repack` took away a mask that it was traced with."""
+        if self.state == "full" or tf.executing_eagerly():
+            return []
+        return [
+            tf.debugging.assert_equal(
+                keras_internals.length_now(part.bits),
+                part.layout.packed_bytes,
+                "the masks must be in use still: a function that was traced before `repack` must be traced again",
+            )
+            for part in self._masked_partitions()
+        ]
 
     def _frozen_entries(self, rows: Mapping[int, tf.Tensor] | None = None) -> FrozenEntries:
         return FrozenEntries(self._state.partitions, self._averages(), rows)

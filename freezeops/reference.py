@@ -49,11 +49,13 @@ _ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).s
 
 def rank_offsets(packed: np.ndarray, kept: int) -> np.ndarray:
     """The number of ones before each block of `RANK_BLOCK_BITS` bits, and their total, as `int64`."""
-    ones = _ONES_IN_BYTE[packed[: (kept + 7) // 8]]
+    if not kept:
+        return np.zeros(1, np.int64)
+    ones = _ONES_IN_BYTE[packed]
     if kept % 8:
         ones[-1] = _ONES_IN_BYTE[packed[-1] & ((1 << kept % 8) - 1)]
-    blocks = np.add.reduceat(ones, np.arange(0, ones.size, RANK_BLOCK_BITS // 8), dtype=np.int64) if kept else []
-    return np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
+    blocks = np.add.reduceat(ones, np.arange(0, ones.size, RANK_BLOCK_BITS // 8), dtype=np.int64)
+    return np.concatenate([[0], np.cumsum(blocks)])
 
 
 def _unpack(mask: tf.Tensor, kept: int) -> tf.Tensor:
@@ -183,8 +185,8 @@ def gather_trainable(
 
     Args:
         source: Float tensor of `layout.size` entries.
-        mask: Packed bits. Neither these nor the offsets are looked at here: the indices say the same.
-        offsets: `int64` vector, see `rank_offsets`.
+        mask: Packed bits.
+        offsets: `int64` vector, see `rank_offsets`. Not looked at here: the indices say the same.
         indices: `int32` or `int64` vector as long as the capacity: the positions of the ones among
             the bits, ascending, and from their number on anything that is at least `layout.kept`.
         layout: `(1, kept, inner)`.
@@ -193,14 +195,13 @@ def gather_trainable(
         A vector of `capacity * inner` entries.
     """
     del offsets
-    _check_traced_masks(mask, layout)
     kept, inner = layout.kept, layout.inner
     capacity = indices.shape[0]
     if not kept or not capacity:
         return tf.zeros([capacity * inner], source.dtype)
     rows = tf.reshape(tf.bitcast(source, integers_like(source.dtype)), [kept, inner])
     gathered = tf.gather(rows, tf.minimum(indices, kept - 1))
-    chosen = tf.where((indices < kept)[:, None], gathered, tf.zeros_like(gathered))
+    chosen = tf.where(_valid(indices, mask, layout)[:, None], gathered, tf.zeros_like(gathered))
     return tf.bitcast(tf.reshape(chosen, [capacity * inner]), source.dtype)
 
 
@@ -221,7 +222,6 @@ def scatter_trainable(
 ) -> None:
     """Writes the trainable entries of a variable; the reverse of `read_trainable`."""
     del offsets
-    _check_traced_masks(mask, layout)
     kept, inner = layout.kept, layout.inner
     capacity = indices.shape[0]
     if not layout.size or not capacity:
@@ -231,7 +231,7 @@ def scatter_trainable(
     old = tf.reshape(tf.bitcast(value, integer), [kept, inner])
     new = tf.reshape(tf.bitcast(compact, integer), [capacity, inner])
     # Shapes must be static, so what stands for no entry writes what the first index writes, or an old value.
-    valid = indices < kept
+    valid = _valid(indices, mask, layout)
     any_valid = valid[0]
     target = tf.where(valid, indices, tf.where(any_valid, indices[0], 0))
     rows = tf.where(valid[:, None], new, tf.where(any_valid, new[0], old[0])[None, :])
@@ -239,9 +239,7 @@ def scatter_trainable(
     variable.assign(tf.bitcast(tf.reshape(written, tf.shape(value)), variable.dtype))
 
 
-def rank_trainable(
-    bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int
-) -> tf.Tensor:
+def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int) -> tf.Tensor:
     """How many ones there are before each of some bits: where their entries are in compact state.
 
     Args:
@@ -259,13 +257,15 @@ def rank_trainable(
     return tf.clip_by_value(ranks, 0, max(indices.shape[0] - 1, 0))
 
 
-def _check_traced_masks(mask: tf.Tensor, layout: Layout) -> None:
-    """Where the mask was emptied by `repack`, a function that was traced before fails here as it runs."""
-    tf.debugging.assert_equal(
-        tf.size(mask),
-        layout.packed_bytes,
-        "mask must have one bit for each kept index; a function that was traced before `repack` must be traced again",
-    )
+def _valid(indices: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
+    """Which of the indices stand for a trainable entry: those of a one in the mask.
+
+    In a mask that `repack` emptied there is none, so that a function which was traced before writes nothing.
+    """
+    position = tf.minimum(indices, layout.kept - 1)
+    byte = tf.cast(tf.gather(mask, position // 8), tf.int32)
+    one = tf.bitwise.right_shift(byte, tf.cast(position % 8, tf.int32)) & 1
+    return tf.logical_and(indices < layout.kept, tf.cast(one, tf.bool))
 
 
 def seed_slots(

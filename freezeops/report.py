@@ -10,34 +10,58 @@ from freezeops.partition import Partition
 from freezeops.rules import ExactPath, Rule
 
 
-def print_summary(name: str, partitions: Sequence[Partition], console: Console | None) -> None:
+def print_summary(
+    name: str,
+    partitions: Sequence[Partition],
+    console: Console | None,
+    slot_bytes: Sequence[tuple[int, int]] | None = None,
+) -> None:
     """Prints one row per variable and a total.
 
     Args:
         name: The optimizer's name.
         partitions: Its partitions.
         console: Where to print; standard output by default.
+        slot_bytes: For each variable the bytes of its slots, and what they would be in full
+            state. Shown where given.
     """
     table = Table(title=f"MaskedOptimizer {name!r}")
     table.add_column("variable", overflow="fold")
     for title in ("shape", "frozen", "density", "mask bytes"):
         table.add_column(title, justify="right")
+    if slot_bytes is not None:
+        table.add_column("slot bytes", justify="right")
+        table.add_column("saved", justify="right")
     table.add_column("way")
-    total_frozen = total_size = total_bytes = 0
-    for part in partitions:
-        trainable = part.mask.count()
-        frozen = part.size - trainable
-        density = trainable / part.size if part.size else 1.0
+    frozen = [part.size - part.mask.count() for part in partitions]
+    for i, part in enumerate(partitions):
         way = f"{part.way} ({part.note})" if part.note else part.way
         shape = " × ".join(str(size) for size in part.variable.shape) or "scalar"
-        table.add_row(part.path, shape, f"{frozen:,}", f"{density:.4g}", f"{part.mask_bytes:,}", way)
-        total_frozen += frozen
-        total_size += part.size
-        total_bytes += part.mask_bytes
+        numbers = _numbers(part.size, frozen[i], part.mask_bytes, None if slot_bytes is None else slot_bytes[i])
+        table.add_row(part.path, shape, *numbers, way)
     table.add_section()
-    density = 1 - total_frozen / total_size if total_size else 1.0
-    table.add_row("total", f"{total_size:,}", f"{total_frozen:,}", f"{density:.4g}", f"{total_bytes:,}", "")
+    size, mask_bytes = sum(part.size for part in partitions), sum(part.mask_bytes for part in partitions)
+    slots = None
+    if slot_bytes is not None:
+        slots = sum(own for own, _ in slot_bytes), sum(full for _, full in slot_bytes)
+        table.caption = _beside_slots(partitions)
+    table.add_row("total", f"{size:,}", *_numbers(size, sum(frozen), mask_bytes, slots), "")
     (console or Console()).print(table)
+
+
+def _numbers(size: int, frozen: int, mask_bytes: int, slots: tuple[int, int] | None) -> list[str]:
+    density = 1 - frozen / size if size else 1.0
+    numbers = [f"{frozen:,}", f"{density:.4g}", f"{mask_bytes:,}"]
+    return numbers if slots is None else [*numbers, f"{slots[0]:,}", f"{slots[1] - slots[0]:,}"]
+
+
+def _beside_slots(partitions: Sequence[Partition]) -> str:
+    """What compact state needs beside slots, in words."""
+    total: dict[str, int] = {}
+    for part in partitions:
+        for what, size in part.bytes_beside_slots.items():
+            total[what] = total.get(what, 0) + size
+    return "Bytes beside slots: " + ", ".join(f"{what} {size:,}" for what, size in total.items()) if total else ""
 
 
 def print_rules(name: str, rules: Sequence[Rule], console: Console | None) -> None:

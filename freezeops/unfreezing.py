@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from freezeops import keras_internals, layout, ops
@@ -110,6 +111,12 @@ class VariableSlots:
                 else:
                     initial = tf.fill([self._size], tf.cast(slot.initial(self._optimizer), state.dtype))
                 ops.restore_frozen(component, keep, initial, mask_layout)
+
+    def waiting(self) -> np.ndarray:
+        """Which entries wait to be seeded: booleans of the variable's shape. Only where some can."""
+        assert self.unseeded is not None
+        flags = ops.unpack_bits(keras_internals.numpy_of(self.unseeded), self._size)
+        return flags.reshape(tuple(self.variable.shape))
 
     @property
     def seeded(self) -> list[Slot]:

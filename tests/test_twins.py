@@ -447,7 +447,8 @@ def test_compact_under_xla(shape, inner, density, dtype):
 @pytest.mark.parametrize("kept", [0, 1, 2047, 2048, 2049, 10_000])
 def test_rank_offsets(kept):
     flags = np.random.default_rng(1).random(kept) < 0.3
-    packed = np.packbits(np.concatenate([flags, np.ones(-kept % 8, bool)]), bitorder="little")  # padding counts for nothing
+    padding = np.ones(-kept % 8, bool)  # counts for nothing
+    packed = np.packbits(np.concatenate([flags, padding]), bitorder="little")
     offsets = reference.rank_offsets(packed, kept)
     assert offsets.dtype == np.int64
     blocks = -(-kept // reference.RANK_BLOCK_BITS)

@@ -1,0 +1,756 @@
+"""Compact state: what it gives is what full state gives, and it costs what the trainable entries cost."""
+
+import io
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from common import MIXING, OPTIONS, SETUPS, assert_same_bits, in_mode
+from rich.console import Console
+
+import freezeops as fz
+from freezeops import compact_slots
+from freezeops.partition import FullPartition
+
+ELEMENTWISE = [name for name in SETUPS if name not in MIXING]
+STEPS = 6
+
+CASES = [
+    *((setup, option, "function") for setup in ELEMENTWISE for option in OPTIONS),
+    *((setup, "plain", "eager") for setup in ELEMENTWISE),
+    *((setup, option, "jit") for setup in ELEMENTWISE for option in ("plain", "ema_overwrite")),
+]
+"""Each set-up with every option in a `tf.function`, and with some in the other modes."""
+
+ULPS = {"clipnorm": 16, "global_clipnorm": 16}
+"""Clipping by a norm: the order of a sum."""
+INEXACT = {"Ftrl": 200, "RMSprop": 8, "Adagrad": 8}
+"""TensorFlow's own `pow` and `rsqrt` give an entry at the end of a vector another last bit than one within."""
+JIT_ULPS = 8
+
+
+class Model:
+    """Five variables, one per kind of mask and gradient, under an optimizer."""
+
+    def __init__(self, inner, state, mode="function", dtype="float32", seed=0, odd=True, **options):
+        self.rng = np.random.default_rng(seed)
+        shapes = {"elements": (9, 14), "rows": (12, 2, 5), "columns": (7, 6), "table": (20, 3), "bare": (4, 5)}
+        self.masks = {
+            "elements": self.rng.random((9, 14)) < 0.4,
+            "rows": self.rng.random((12, 1, 1)) < 0.5,
+            "columns": self.rng.random((1, 6)) < 0.5,
+            "table": self.rng.random((20, 1)) < 0.5,
+        }
+        self.variables = {}
+        for name, shape in shapes.items():
+            values = self.rng.normal(size=shape).astype(dtype)
+            if odd and name in self.masks and dtype == "float32":
+                frozen = ~np.broadcast_to(self.masks[name], shape)
+                kinds = np.array([0x7FC12345, 0x80000000, 0x00000001, 0x7F800000, 0x7F800001], np.uint32)
+                values[frozen] = np.resize(kinds, frozen.sum()).view("f4")
+            self.variables[name] = keras.Variable(values, dtype=dtype, name=name)
+        self.dtype = dtype
+        self.optimizer = fz.MaskedOptimizer(inner, masks=self.masks, state=state, **options)
+        self.optimizer.build(list(self.variables.values()))
+        self.traces = 0
+        self.mode = mode
+        self.compile()
+
+    def compile(self):
+        def step(*gradients):
+            self.traces += 1
+            gradients = dict(zip(self.variables, gradients, strict=True))
+            indices, values = gradients["table"][0], gradients["table"][1]
+            gradients["table"] = tf.IndexedSlices(values, indices, tf.constant([20, 3]))
+            self.optimizer.apply(list(gradients.values()), list(self.variables.values()))
+
+        self._step = in_mode(step, self.mode)
+
+    def step(self, times=1):
+        for _ in range(times):
+            gradients = {
+                name: tf.constant((self.rng.normal(size=v.shape) + 0.5).astype(self.dtype))
+                for name, v in self.variables.items()
+            }
+            # Repeated rows, of which Keras squares each by itself.
+            rows = tf.constant(self.rng.integers(0, 20, 15))
+            gradients["table"] = (rows, tf.constant(self.rng.normal(size=(15, 3)).astype(self.dtype)))
+            self._step(*gradients.values())
+
+    def values(self):
+        return {name: v.numpy() for name, v in self.variables.items()}
+
+    def frozen(self, name):
+        return ~self.optimizer.mask_for(self.variables[name]).to_numpy()
+
+
+def ways(model):
+    return [part.way for part in model.optimizer._state.partitions]
+
+
+def assert_equal(actual, expected, ulps=0, message=""):
+    for name, value in expected.items():
+        if not ulps:
+            assert_same_bits(actual[name], value, f"{message} {name}")
+            continue
+        good = np.isfinite(value)
+        assert_same_bits(actual[name][~good], value[~good])
+        unit = np.spacing(np.maximum(np.abs(value[good]), 0.1))
+        assert (np.abs(actual[name][good] - value[good]) <= ulps * unit).all(), f"{message} {name}"
+
+
+@pytest.mark.parametrize(("setup", "option", "mode"), CASES)
+def test_equals_full_state(setup, option, mode):
+    results = []
+    for state in ("full", "compact"):
+        model = Model(SETUPS[setup](**OPTIONS[option]), state, mode)
+        first = model.values()
+        model.step(STEPS)
+        model.optimizer.finalize_variable_values(list(model.variables.values()))
+        last = model.values()
+        for name in model.masks:
+            frozen = model.frozen(name)
+            assert_same_bits(last[name][frozen], first[name][frozen], f"{state} {name}: frozen entries moved")
+            assert (last[name][~frozen] != first[name][~frozen]).mean() > 0.5, name
+        results.append(last)
+        assert mode == "eager" or model.traces == 1
+    assert ways(model) == ["compact"] * 4 + ["full"]
+    ulps = max(ULPS.get(option, 0), INEXACT.get(setup.split()[0], 0), JIT_ULPS if mode == "jit" else 0)
+    if mode == "jit" and setup == "Ftrl":
+        ulps *= 10
+    assert_equal(results[1], results[0], ulps)
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@pytest.mark.parametrize("setup", ["SGD momentum", "AdamW", "ScheduleFreeAdamW"])
+def test_on_the_reference_twins(setup, mode, monkeypatch):
+    results = []
+    for backend in ("auto", "reference"):
+        monkeypatch.setenv("FREEZEOPS_BACKEND", backend)
+        model = Model(SETUPS[setup](), "compact", mode)
+        model.step(STEPS)
+        results.append(model.values())
+    assert_equal(results[1], results[0], JIT_ULPS if mode == "jit" else 0)
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_dtypes(dtype, mode):
+    results = []
+    for state in ("full", "compact"):
+        model = Model(keras.optimizers.SGD(0.1, momentum=0.9), state, mode, dtype)
+        first = model.values()
+        model.step(3)
+        for name in model.masks:
+            assert_same_bits(model.values()[name][model.frozen(name)], first[name][model.frozen(name)])
+        results.append(model.values())
+    if mode != "jit":
+        assert_equal(results[1], results[0])
+    else:
+        for name, value in results[0].items():
+            np.testing.assert_allclose(results[1][name], value, rtol=1e-2 if dtype == "float16" else 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+def test_values_that_someone_else_writes_count(mode):
+    """`load_weights`, a callback's `assign`: the compact values must not bring old ones back."""
+    results = []
+    for state in ("full", "compact"):
+        model = Model(keras.optimizers.AdamW(0.1, weight_decay=0.3, use_ema=True), state, mode)
+        model.step(2)
+        for variable in model.variables.values():
+            variable.assign(np.arange(variable.numpy().size, dtype="float32").reshape(variable.shape) / 7)
+        before = model.values()
+        model.step(2)
+        for name in model.masks:
+            assert_same_bits(model.values()[name][model.frozen(name)], before[name][model.frozen(name)])
+        model.variables["elements"].assign_add(np.ones((9, 14), "float32"))
+        model.optimizer.finalize_variable_values(list(model.variables.values()))
+        results.append(model.values())
+    assert_equal(results[1], results[0], JIT_ULPS if mode == "jit" else 0)
+
+
+# What is refused.
+
+
+class Unknown(keras.optimizers.Adam):
+    """One of the user's own, which may do anything."""
+
+
+@fz.declare_elementwise
+class Sign(keras.optimizers.Optimizer):
+    """A user's own that says so."""
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self._last = self.add_optimizer_variables(variables, "last", initializer="ones")
+
+    def update_step(self, gradient, variable, learning_rate):
+        last = self._last[self._get_variable_index(variable)]
+        self.assign_sub(variable, learning_rate * tf.sign(gradient) * last)
+        self.assign(last, 0.5 * last + 0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in ("Adafactor", "Lamb", "Muon") if hasattr(keras.optimizers, name)])
+def test_optimizers_that_mix_entries_are_refused(name):
+    inner = getattr(keras.optimizers, name)(0.1)
+    with pytest.raises(ValueError, match=rf"of type {name}, which mixes the entries .*Use state='full'"):
+        fz.MaskedOptimizer(inner, state="compact")
+    with pytest.raises(ValueError, match=rf"of type {name}"):
+        fz.MaskedOptimizer(keras.optimizers.LossScaleOptimizer(inner), state="compact")
+
+
+def test_optimizers_that_are_not_known_are_refused():
+    with pytest.raises(
+        ValueError, match=r"of type Unknown, of which that is not known.*declare_elementwise\(Unknown\)"
+    ):
+        fz.MaskedOptimizer(Unknown(), state="compact")
+    with pytest.raises(TypeError, match="must be a subclass"):
+        fz.declare_elementwise(Unknown())
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
+def test_multi_optimizer():
+    multi = keras.optimizers.MultiOptimizer
+    with pytest.raises(ValueError, match="OptimizerMap"):
+        fz.MaskedOptimizer(multi(lambda variable: keras.optimizers.SGD()), state="compact")
+    results = []
+    for state in ("full", "compact"):
+        maps = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1, momentum=0.9))
+        maps["elements|table"] = keras.optimizers.Adam(0.1)
+        model = Model(multi(maps), state)
+        model.step(STEPS)
+        results.append(model.values())
+    assert_equal(results[1], results[0])
+
+
+def test_own_optimizer_that_says_it_is_elementwise():
+    results = []
+    for state in ("full", "compact"):
+        model = Model(Sign(0.1), state)
+        model.step(STEPS)
+        results.append(model.values())
+    assert_equal(results[1], results[0])
+
+
+def test_new_entries_of_an_own_optimizer_start_as_in_a_new_one():
+    model = Model(Sign(0.1), "compact", capacity=1.0)
+    model.step(1)
+    model.optimizer.unfreeze("elements")
+    slot = model.optimizer.inner_optimizer._last[0].numpy()
+    np.testing.assert_array_equal(slot, np.where(model.masks["elements"].reshape(-1), np.float32(0.6), np.float32(1)))
+
+
+def test_an_inner_optimizer_that_is_built_is_refused():
+    variable = keras.Variable(np.ones(5, "float32"), name="v")
+    inner = keras.optimizers.Adam()
+    inner.build([variable])
+    optimizer = fz.MaskedOptimizer(inner, masks={"v": np.arange(5) < 2}, state="compact")
+    with pytest.raises(ValueError, match="must not be built before it is wrapped"):
+        optimizer.build([variable])
+    assert not optimizer.built
+
+
+@fz.declare_elementwise
+class Careless(keras.optimizers.Optimizer):
+    """Makes its slots by hand."""
+
+    def build(self, variables):
+        super().build(variables)
+        self._slots = [self.add_variable(v.shape, name="slot") for v in variables]
+
+
+def test_slots_of_which_nothing_is_known_are_refused():
+    variable = keras.Variable(np.ones(5, "float32"), name="v")
+    optimizer = fz.MaskedOptimizer(Careless(0.1), masks={"v": np.arange(5) < 2}, state="compact")
+    with pytest.raises(ValueError, match="Slots must be made by `add_optimizer_variables`.*Careless"):
+        optimizer.build([variable])
+
+
+@pytest.mark.parametrize(
+    ("capacity", "error"),
+    [(True, TypeError), ("1", TypeError), (-1, ValueError), (1.5, ValueError), ({"v": None}, TypeError)],
+)
+def test_bad_capacity(capacity, error):
+    with pytest.raises(error, match="`capacity` must be .*Received: capacity="):
+        fz.MaskedOptimizer(keras.optimizers.SGD(), state="compact", capacity=capacity)
+
+
+def test_capacity_with_full_state_is_refused():
+    with pytest.raises(ValueError, match="`capacity` must be None with state='full'"):
+        fz.MaskedOptimizer(keras.optimizers.SGD(), capacity=5)
+
+
+def test_variables_that_stay_full():
+    class Half(keras.constraints.Constraint):
+        def __call__(self, w):
+            return w * 0.5
+
+    variable = keras.Variable(np.ones((4, 3), "float32"), name="v")
+    variable.constraint = Half()
+    optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(), masks={"v": np.eye(4, 3, dtype=bool)}, state="compact")
+    bare = keras.Variable(np.ones(3, "float32"), name="bare")
+    optimizer.build([variable, bare])
+    assert all(isinstance(part, FullPartition) for part in optimizer._state.partitions)
+    text = summary(optimizer)
+    assert "Half" in text and "nothing was frozen when built" in text
+    optimizer.freeze("bare", [1])  # a mask may still come
+    optimizer.apply([tf.ones((4, 3)), tf.ones(3)])
+    np.testing.assert_array_equal(bare.numpy() == 1, [False, True, False])
+    assert (variable.numpy()[~np.eye(4, 3, dtype=bool)] == 1).all()
+
+
+def summary(optimizer):
+    text = io.StringIO()
+    optimizer.summary(Console(file=text, width=200))
+    return text.getvalue()
+
+
+# Masks that change.
+
+SCHEDULE_SETUPS = ["SGD momentum", "Adam amsgrad", "AdamW", "RMSprop momentum centered", "Adagrad", "Adadelta", "Lion"]
+
+
+def change_masks(model, steps=2):
+    """Freezes, unfreezes and exchanges entries, between steps and several times between two."""
+    optimizer, variables = model.optimizer, model.variables
+    model.step(steps)
+    optimizer.freeze("elements", np.s_[:3])
+    optimizer.freeze("rows", [2, 5])
+    model.step(steps)
+    optimizer.unfreeze("elements", np.s_[1:5, 3:])
+    optimizer.unfreeze("rows", [5, 6, 7])
+    optimizer.train_only("columns", np.s_[:, 1])
+    model.step(steps)
+    # Frozen and unfrozen again before a step: nothing was lost.
+    mask = optimizer.mask_for(variables["elements"])
+    optimizer.freeze("elements")
+    optimizer.register_mask("elements", mask)
+    optimizer.unfreeze("table", [0, 1, 2])
+    optimizer.freeze("table", [1])
+    model.step(steps)
+
+
+@pytest.mark.parametrize("policy", ["seed", "zero"])
+@pytest.mark.parametrize("setup", SCHEDULE_SETUPS)
+def test_masks_change_as_in_full_state(setup, policy):
+    results = []
+    for state in ("full", "compact"):
+        options = {"capacity": 1.0} if state == "compact" else {}
+        inner = SETUPS[setup](weight_decay=0.01, use_ema=True, ema_overwrite_frequency=3)
+        model = Model(inner, state, unfreeze_policy=policy, **options)
+        change_masks(model)
+        assert model.traces == 1
+        results.append(model.values())
+    assert_equal(results[1], results[0], INEXACT.get(setup.split()[0], 0))
+
+
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_masks_change_in_other_modes(mode):
+    results = []
+    for state in ("full", "compact"):
+        options = {"capacity": 1.0} if state == "compact" else {}
+        model = Model(keras.optimizers.Adam(0.01), state, mode, **options)
+        change_masks(model)
+        assert mode == "eager" or model.traces == 1
+        results.append(model.values())
+    assert_equal(results[1], results[0], JIT_ULPS if mode == "jit" else 0)
+
+
+def test_accumulated_gradients_move_with_their_entries():
+    results = []
+    for state in ("full", "compact"):
+        options = {"capacity": 1.0} if state == "compact" else {}
+        model = Model(keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=3), state, **options)
+        change_masks(model, steps=2)  # so that masks change with gradients waiting
+        results.append(model.values())
+    assert_equal(results[1], results[0])
+
+
+def capacities(optimizer):
+    return {part.path: part.capacity for part in optimizer._state.partitions if part.way == "compact"}
+
+
+def test_capacity_by_default_and_as_set():
+    inner = lambda: keras.optimizers.Adam(0.1)  # noqa: E731
+    model = Model(inner(), "compact")
+    counts = {name: int(mask.sum()) for name, mask in model.masks.items()}
+    assert capacities(model.optimizer) == {  # rows are counted as rows, columns as entries
+        "elements": counts["elements"],
+        "rows": counts["rows"],
+        "columns": 7 * counts["columns"],
+        "table": counts["table"],
+    }
+    model = Model(inner(), "compact", capacity=0.75)
+    assert capacities(model.optimizer) == {"elements": 95, "rows": 9, "columns": 32, "table": 15}
+    model = Model(inner(), "compact", capacity={"elements": 100, "r.*": 101})
+    assert capacities(model.optimizer)["elements"] == 100 and capacities(model.optimizer)["rows"] == 11
+    with pytest.raises(ValueError, match=r"must not have more trainable entries.*for 'elements', which has room for 3"):
+        Model(inner(), "compact", capacity={"elements": 3})
+
+
+def test_beyond_capacity():
+    model = Model(keras.optimizers.Adam(0.1), "compact", capacity={"elements": 60})
+    model.step()
+    state = [v.numpy() for v in model.optimizer.variables]
+    wanted = np.ones((9, 14), bool)
+    with pytest.raises(ValueError, match=r"126 trainable entries for 'elements', which has room for 60.*repack"):
+        model.optimizer.register_masks({"rows": False, "elements": wanted})
+    for variable, value in zip(model.optimizer.variables, state, strict=True):
+        assert_same_bits(variable.numpy(), value, "half applied")
+    assert model.optimizer.mask_for(model.variables["rows"]).density > 0
+
+
+@pytest.mark.parametrize("mode", ["function", "jit"])
+def test_repack(mode):
+    """More room, less room, another layout, from full state and back to it: as if it had always been so."""
+    changes = [
+        {"elements": np.random.default_rng(5).random((9, 14)) < 0.8, "bare": np.eye(4, 5, dtype=bool)},
+        {"rows": np.random.default_rng(6).random((12, 2, 5)) < 0.3, "elements": np.eye(9, 14, dtype=bool)},
+        {"bare": True},
+    ]
+    results = []
+    for state in ("full", "compact"):
+        options = {"maskable": {"elements|rows|table": "elements"}} if state == "full" else {}
+        model = Model(keras.optimizers.Adam(0.01, amsgrad=True), state, mode, **options)
+        for number, masks in enumerate(changes):
+            model.rng = np.random.default_rng(number)
+            model.step(2)
+            if state == "full":
+                model.optimizer.register_masks(masks)
+                continue
+            before = model.values() | {"steps": model.optimizer.iterations.numpy()}
+            model.optimizer.repack(masks)
+            with pytest.raises(tf.errors.InvalidArgumentError, match="traced before `repack` must be traced again"):
+                model.step()
+            for name, value in (model.values() | {"steps": model.optimizer.iterations.numpy()}).items():
+                assert_same_bits(value, before[name], name)
+            model.compile()
+        model.rng = np.random.default_rng(99)
+        model.step(2)
+        results.append(model.values())
+    assert_equal(results[1], results[0], JIT_ULPS if mode == "jit" else 0)
+    assert ways(model) == ["compact"] * 4 + ["full"]
+    assert capacities(model.optimizer)["elements"] == 9
+    assert capacities(model.optimizer)["rows"] == model.optimizer.mask_for(model.variables["rows"]).count()
+
+
+@pytest.mark.parametrize("mode", ["function", "jit"])
+def test_repack_on_the_reference_twins(mode, monkeypatch):
+    monkeypatch.setenv("FREEZEOPS_BACKEND", "reference")
+    model = Model(keras.optimizers.Adam(0.01), "compact", mode, odd=False)
+    model.step(2)
+    model.optimizer.repack({"elements": np.eye(9, 14, dtype=bool)})
+    before = model.values()
+    if mode == "function":
+        with pytest.raises(tf.errors.InvalidArgumentError, match="traced before `repack` must be traced again"):
+            model.step()
+        assert_equal(model.values(), before)
+    else:  # XLA has no errors at run time: what was traced before writes nothing
+        model.step()
+        assert_same_bits(model.values()["elements"], before["elements"])
+    model.compile()
+    before = model.values()
+    model.step()
+    np.testing.assert_array_equal(model.values()["elements"] != before["elements"], np.eye(9, 14, dtype=bool))
+
+
+def test_repack_refuses():
+    model = Model(keras.optimizers.Adam(0.01), "full")
+    with pytest.raises(ValueError, match="must be called with state='compact'"):
+        model.optimizer.repack()
+    with pytest.raises(ValueError, match="must be built"):
+        fz.MaskedOptimizer(keras.optimizers.Adam(), state="compact").repack()
+    model = Model(keras.optimizers.Adam(0.01), "compact")
+    state = [v.numpy() for v in model.optimizer.variables]
+    with pytest.raises(RuntimeError, match=r"outside of `tf\.function`"):
+        tf.function(model.optimizer.repack, autograph=False)()
+    with pytest.raises(TypeError, match="`masks` must map"):
+        model.optimizer.repack([1])
+    with pytest.raises(ValueError, match="matches nothing"):
+        model.optimizer.repack({"elements": True, "nowhere": True})
+    with pytest.raises(ValueError, match="room for 2"):
+        model.optimizer.repack(capacity={"elements": 2})
+    for variable, value in zip(model.optimizer.variables, state, strict=True):
+        assert_same_bits(variable.numpy(), value)
+    model.step()
+
+
+def test_repack_gives_room_and_takes_it():
+    model = Model(keras.optimizers.Adam(0.01), "compact")
+    model.step()
+    model.optimizer.repack(capacity={"elements": 0.9})
+    assert capacities(model.optimizer)["elements"] == 114
+    model.compile()
+    model.optimizer.unfreeze("elements", np.s_[:4])
+    model.step()
+    model.optimizer.freeze("elements", np.s_[3:])
+    model.optimizer.repack()
+    assert capacities(model.optimizer)["elements"] == 114  # it was asked for
+    model.optimizer.repack(capacity={})
+    assert capacities(model.optimizer)["elements"] == model.optimizer.mask_for(model.variables["elements"]).count()
+
+
+def test_repack_in_the_middle_of_fit():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(2)])
+    mask = np.random.default_rng(0).random((6, 8)) < 0.3
+    model.compile(fz.MaskedOptimizer(keras.optimizers.Adam(0.1), masks={"body/kernel": mask}, state="compact"), "mse")
+    kernel = model.get_layer("body").kernel
+    more = mask | (np.random.default_rng(1).random((6, 8)) < 0.5)
+    seen = {}
+
+    class Grow(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                model.optimizer.repack(masks={"body/kernel": more})
+                model.make_train_function(force=True)
+                seen["then"] = kernel.numpy()
+
+    x, y = np.random.default_rng(2).normal(size=(32, 6)), np.ones((32, 2))
+    first = kernel.numpy()
+    model.fit(x, y, epochs=4, batch_size=8, verbose=0, callbacks=[Grow()])
+    assert_same_bits(kernel.numpy()[~more], first[~more])
+    assert_same_bits(seen["then"][~mask], first[~mask])
+    assert (kernel.numpy() != seen["then"])[more].all()
+
+
+@pytest.mark.parametrize("setup", ["Ftrl", "ScheduleFreeAdamW"])
+def test_new_entries_of_weight_like_slots_start_as_in_a_new_optimizer(setup):
+    if setup not in SETUPS:
+        pytest.skip("this Keras has no such optimizer")
+    model = Model(SETUPS[setup](), "compact", odd=False, capacity=1.0)
+    model.step(2)
+    model.optimizer.unfreeze("elements")
+    values = model.values()["elements"].reshape(-1)
+    slots = [record.slot for record in model.optimizer._state.records[0]]
+    new = ~model.masks["elements"].reshape(-1)
+    fresh = SETUPS[setup]()
+    twin = keras.Variable(values, name="twin")
+    fresh.build([twin])
+    of_fresh = fresh.variables[-len(slots) :]
+    for slot, expected in zip(slots, of_fresh, strict=True):
+        assert_same_bits(slot.numpy()[new], expected.numpy()[new], slot.path)
+
+
+def test_late_entries_are_seeded():
+    """The first step of an entry that is unfrozen late is one learning rate at most."""
+    variable = keras.Variable(np.zeros(40, "float32"), name="v")
+    optimizer = fz.MaskedOptimizer(
+        keras.optimizers.Adam(0.1), masks={"v": np.arange(40) < 20}, state="compact", capacity=1.0
+    )
+    gradient = tf.constant(np.random.default_rng(0).normal(size=40).astype("float32"))
+    step = tf.function(lambda: optimizer.apply([gradient], [variable]), autograph=False)
+    for _ in range(300):
+        step()
+    before = variable.numpy()
+    optimizer.unfreeze("v")
+    step()
+    moved = np.abs(variable.numpy() - before)[20:]
+    assert (moved > 0.099).all() and (moved < 0.1001).all()
+
+
+# The surface.
+
+
+def test_summary_shows_what_is_saved():
+    variable = keras.Variable(np.zeros((100, 50), "float32"), name="v")
+    optimizer = fz.MaskedOptimizer(
+        keras.optimizers.Adam(), masks={"v": np.arange(5000).reshape(100, 50) < 500}, state="compact"
+    )
+    optimizer.build([variable])
+    text = summary(optimizer)
+    assert "4,000" in text  # two slots of 500 entries
+    assert "36,000" in text  # saved of 40,000
+    for part in ("compact values 2,000", "mask bits 625", "rank offsets 32", "indices 2,000"):
+        assert part in text
+
+
+def test_density_masks_and_gradients():
+    model = Model(keras.optimizers.SGD(0.1), "compact")
+    for name, mask in model.masks.items():
+        assert model.optimizer.mask_for(model.variables[name]) == fz.Mask.from_array(
+            np.broadcast_to(mask, model.variables[name].shape)
+        )
+    gradients = [tf.ones(v.shape) for v in model.variables.values()]
+    masked = model.optimizer.mask_gradients(gradients, list(model.variables.values()))
+    for gradient, (name, variable) in zip(masked, model.variables.items(), strict=True):
+        assert tuple(gradient.shape) == tuple(variable.shape)
+        expected = np.broadcast_to(model.masks.get(name, True), variable.shape)
+        np.testing.assert_array_equal(gradient.numpy(), expected.astype("float32"))
+
+
+def test_weight_decay_exclusions_and_names():
+    results = []
+    for state in ("full", "compact"):
+        rng = np.random.default_rng(0)
+        layers = [keras.layers.Dense(6, name="a"), keras.layers.Dense(5, name="b")]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        for variable in model.trainable_variables:
+            variable.assign(rng.normal(size=variable.shape))
+        optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(0.1, weight_decay=0.5), state=state)
+        optimizer.train_only(model, np.s_[1:])
+        optimizer.exclude_from_weight_decay(var_list=[layers[0].kernel], var_names=["bias"])
+        optimizer.build(model.trainable_variables)
+        before = layers[0].kernel.numpy()
+        optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
+        results.append([v.numpy() for v in model.trainable_variables])
+        assert_same_bits(layers[0].kernel.numpy(), before)
+        if state == "compact":
+            inner = [part.inner_variable for part in optimizer._state.partitions]
+            assert [v.path for v in inner] == [v.path for v in model.trainable_variables]
+            assert [v.name for v in inner] == [v.name for v in model.trainable_variables]
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_with_averages_that_are_swapped(jit_compile):
+    x = np.random.default_rng(0).normal(size=(64, 5)).astype("float32")
+    y = np.random.default_rng(1).normal(size=(64, 2)).astype("float32")
+    mask = np.random.default_rng(2).random((5, 8)) < 0.5
+    results = []
+    for state in ("full", "compact"):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(2)])
+        kernel = model.get_layer("body").kernel
+        kernel.assign(np.where(mask, kernel.numpy(), np.float32(-0.0)))
+        first = kernel.numpy()
+        inner = keras.optimizers.AdamW(0.1, use_ema=True, ema_momentum=0.5)
+        model.compile(
+            fz.MaskedOptimizer(inner, masks={"body/kernel": mask}, state=state), "mse", jit_compile=jit_compile
+        )
+        callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+        model.fit(x, y, epochs=3, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks, validation_data=(x, y))
+        assert_same_bits(kernel.numpy()[~mask], first[~mask])
+        results.append(kernel.numpy())
+    if jit_compile:
+        np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
+    else:
+        assert_same_bits(results[1], results[0])
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_mixed_float16(where):
+    x = np.random.default_rng(0).normal(size=(64, 5)).astype("float32")
+    y = np.random.default_rng(1).normal(size=(64, 2)).astype("float32")
+    mask = np.random.default_rng(2).random((5, 8)) < 0.5
+    results = []
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        for state in ("full", "compact"):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(2)])
+            inner = keras.optimizers.AdamW(0.01)
+            if where == "inside":
+                inner = keras.optimizers.LossScaleOptimizer(inner, initial_scale=64.0)
+            model.compile(fz.MaskedOptimizer(inner, masks={"body/kernel": mask}, state=state), "mse", jit_compile=False)
+            kernel = model.get_layer("body").kernel
+            first = kernel.numpy()
+            model.fit(x, y, epochs=2, batch_size=16, shuffle=False, verbose=0)
+            assert_same_bits(kernel.numpy()[~mask], first[~mask])
+            results.append(kernel.numpy())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert_same_bits(*results)
+    assert (results[0] != first)[mask].all()
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_nan_under_a_frozen_entry_does_not_touch_the_scale(where):
+    variable = keras.Variable(np.ones((4, 3), "float32"), name="v")
+    mask = np.eye(4, 3, dtype=bool)
+    scaler = keras.optimizers.LossScaleOptimizer
+    if where == "inside":
+        outer = masked = fz.MaskedOptimizer(
+            scale := scaler(keras.optimizers.SGD(0.5), initial_scale=2.0), masks={"v": mask}, state="compact"
+        )
+    else:
+        masked = fz.MaskedOptimizer(keras.optimizers.SGD(0.5), masks={"v": mask}, state="compact")
+        outer = scale = scaler(masked, initial_scale=2.0)
+    outer.apply([tf.constant(np.where(mask, np.float32(1), np.float32(np.nan)))], [variable])
+    assert float(scale.dynamic_scale) == 2.0 and int(masked.iterations) == 1
+    np.testing.assert_array_equal(variable.numpy() != 1, mask)
+
+
+def test_an_error_in_the_middle_of_a_step_writes_nothing():
+    @fz.declare_elementwise
+    class Fails(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(gradient, variable, learning_rate)
+            raise RuntimeError("on purpose")
+
+    variable = keras.Variable(np.ones(6, "float32"), name="v")
+    optimizer = fz.MaskedOptimizer(Fails(0.5), masks={"v": np.arange(6) < 3}, state="compact")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        optimizer.apply([tf.ones(6)], [variable])
+    np.testing.assert_array_equal(variable.numpy(), np.ones(6))
+
+
+def test_gradients_of_another_shape_are_refused():
+    model = Model(keras.optimizers.SGD(0.1), "compact")
+    with pytest.raises(ValueError, match="A gradient must have the shape of its variable"):
+        model.optimizer.apply([tf.ones((14, 9))], [model.variables["elements"]])
+
+
+def test_no_gradient_and_some_variables():
+    model = Model(keras.optimizers.Adam(0.1), "compact", odd=False)
+    before = model.values()
+    variables = [model.variables[name] for name in ("elements", "rows")]
+    model.optimizer.apply([None, tf.ones((12, 2, 5))], variables)
+    after = model.values()
+    for name in ("elements", "columns", "table", "bare"):
+        assert_same_bits(after[name], before[name])
+    np.testing.assert_array_equal(after["rows"] != before["rows"], ~model.frozen("rows"))
+
+
+@pytest.mark.parametrize("mask", [False, np.zeros((6, 4), bool), np.zeros((6, 1), bool)])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+def test_everything_is_frozen(mask, sparse, mode):
+    variable = keras.Variable(np.ones((6, 4), "float32"), name="v")
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.5), masks={"v": mask}, state="compact")
+    optimizer.build([variable])
+
+    def step():
+        gradient = tf.ones((6, 4))
+        if sparse:
+            gradient = tf.IndexedSlices(gradient[:2], tf.constant([1, 3]), tf.constant([6, 4]))
+        optimizer.apply([gradient], [variable])
+
+    in_mode(step, mode)()
+    np.testing.assert_array_equal(variable.numpy(), np.ones((6, 4)))
+    assert int(optimizer.iterations) == 1
+
+
+def test_tf_variables():
+    variable = tf.Variable(np.ones((6, 4), "float32"), name="plain/v")
+    mask = np.eye(6, 4, dtype=bool)
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.5), masks={"plain/v": mask}, state="compact")
+    optimizer.apply([tf.ones((6, 4))], [variable])
+    np.testing.assert_array_equal(variable.numpy() != 1, mask)
+
+
+def test_slots_move_by_position():
+    """The bookkeeping itself, against a dictionary."""
+    rng = np.random.default_rng(0)
+    model = Model(keras.optimizers.SGD(0.1, momentum=0.9), "compact", odd=False, capacity=1.0)
+    known = {}
+    for _ in range(12):
+        mask = rng.random((9, 14)) < rng.random()
+        model.optimizer.register_mask("elements", mask)
+        model.step()
+        positions = compact_slots.positions_of(fz.Mask.from_array(mask), fz.Mask.from_array(mask).layout)
+        slot = model.optimizer.inner_optimizer.momentums[0]
+        values = rng.normal(size=126).astype("float32")
+        slot.assign(values)
+        known = {p: v for p, v in zip(positions, values, strict=False)}
+        other = rng.random((9, 14)) < rng.random()
+        model.optimizer.register_mask("elements", other)
+        after = slot.numpy()
+        for i, p in enumerate(np.flatnonzero(other)):
+            assert after[i] == known.get(p, 0.0)
+        assert not after[other.sum() :].any()
