@@ -130,6 +130,14 @@ def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int,
     return (capacity, *shape[row:])
 
 
+def pending_message(path: str) -> str:
+    """What to tell someone who trains before the masks are there."""
+    return (
+        "An optimizer with compact state that was made from a config must be given its masks, from a file or by "
+        f"`register_mask`, before it trains. Received: no mask yet for {path!r}"
+    )
+
+
 class IndexTensors(NamedTuple):
     """What the ops of compact state take; see `reference.gather_trainable`."""
 
@@ -278,10 +286,7 @@ class CompactPartition(MaskedPartition):
         with tf.init_scope():
             self.pending = not self.bits.numpy().any()
         if self.pending:
-            raise ValueError(
-                "An optimizer with compact state that was made from a config must be given its masks, from a file "
-                f"or by `register_mask`, before it trains. Received: no mask yet for {self.path!r}"
-            )
+            raise ValueError(pending_message(self.path))
 
     @property
     def bytes_beside_slots(self) -> dict[str, int]:

@@ -124,6 +124,16 @@ def stand_in(variable: Variable, shape: Sequence[int]) -> keras.Variable:
     return other
 
 
+def hide_trained_variables(optimizer: keras.optimizers.Optimizer) -> None:
+    """Keeps what a built optimizer trains out of TensorFlow's checkpoints, and its list free to change."""
+    for part in wrapped_optimizers(optimizer):
+        variables = list(getattr(part, "_trainable_variables", []))
+        if variables:
+            del part._trainable_variables
+            # Past Keras's and TensorFlow's tracking.
+            object.__setattr__(part, "_trainable_variables", variables)
+
+
 def replace_variable(optimizer: keras.optimizers.Optimizer, old: Variable, new: Variable) -> None:
     """Has a built optimizer train another variable of the same identity, with the slots as they are."""
     for part in wrapped_optimizers(optimizer):

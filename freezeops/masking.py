@@ -441,11 +441,12 @@ class Masking:
                 packed = saved[kind].get(saved_name, np.zeros(bits_layout.packed_bytes, np.uint8))
                 _check_packed(name, packed, bits_layout)
                 if kind == "mask":
-                    undo.append((part.assign, part.mask))
-                    changes.append((part.assign, part.fit(Mask(part.mask.shape, bits_layout, packed))))
+                    mask = Mask(tuple(part.variable.shape), bits_layout, packed)
+                    changes.append((part.assign, part.fit(mask)))
                 else:
-                    undo.append((bits.assign, bits.numpy()))
                     changes.append((bits.assign, packed))
+                if self._state.built:
+                    undo.append((part.assign, part.mask) if kind == "mask" else (bits.assign, bits.numpy()))
         self._undo_load = undo
         for assign, value in changes:
             assign(value)

@@ -192,20 +192,18 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 "`inner_optimizer` must not be built before it is wrapped for state='compact': its slots have the "
                 f"shapes of whole variables. Received: inner_optimizer={self.inner_optimizer!r}, which is built"
             )
+        if not tf.executing_eagerly() and not self._state.loaded:
+            for variable, plan in zip(variables, plans, strict=True):
+                if plan.pending:
+                    # Now, and not in `take`: a `tf.function` whose first trace fails after variables were created does
+                    # nothing when it is called again (seen in TensorFlow 2.21).
+                    raise ValueError(compact.pending_message(keras_internals.variable_path(variable)))
         try:
-            self._state.partitions = [
-                self._make_partition(variable, plan, position)
-                for position, (variable, plan) in enumerate(zip(variables, plans, strict=True))
-            ]
             self._state.index = index
-            if not self.inner_optimizer.built:
-                inner_variables = [part.inner_variable for part in self._state.partitions]
-                with keras_internals.recording_slots(self.inner_optimizer) as records:
-                    # Not under Keras's `no_automatic_dependency_tracking`, as its own wrapper builds: Nadam's and
-                    # Adafactor's state would not be tracked and not be saved.
-                    self.inner_optimizer.build([variable for variable in inner_variables if variable is not None])
-                self._keep_records(records)
-            self._find_slots()
+            # Compact variables are filled at once, also where this is called as a function is traced.
+            with tf.init_scope() if self.state == "compact" else nullcontext():
+                self._make_partitions(variables, plans)
+                self._find_slots()
             with tf.init_scope():
                 for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
                     inner_state.assign_waiting(part)
@@ -220,6 +218,23 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         keras.optimizers.Optimizer.build(self, variables)
         self._state.built = True
         keras_internals.guard_swaps(_guard_of)
+
+    def _make_partitions(self, variables: Sequence[Variable], plans: Sequence[partition.Plan]) -> None:
+        """Creates the masks and builds the inner optimizer, unless it is built."""
+        self._state.partitions = [
+            self._make_partition(variable, plan, position)
+            for position, (variable, plan) in enumerate(zip(variables, plans, strict=True))
+        ]
+        if self.inner_optimizer.built:
+            return
+        inner_variables = [part.inner_variable for part in self._state.partitions]
+        with keras_internals.recording_slots(self.inner_optimizer) as records:
+            # Not under Keras's `no_automatic_dependency_tracking`, as its own wrapper builds: Nadam's and
+            # Adafactor's state would not be tracked and not be saved.
+            self.inner_optimizer.build([variable for variable in inner_variables if variable is not None])
+        self._keep_records(records)
+        if self.state == "compact":
+            keras_internals.hide_trained_variables(self.inner_optimizer)
 
     def _mask_for_scaler(
         self, gradients: Sequence[Gradient | None], variables: Sequence[Variable] | None
@@ -240,21 +255,20 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
 
     def _make_compact(self, variable: Variable, plan: partition.Plan, position: int) -> CompactPartition:
         assert plan.layout is not None and plan.mask is not None
-        with tf.init_scope():  # for slots that begin with the variable's values
-            bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
-            packed = keras_internals.numpy_of(bits)  # where there are several workers: the chief's
-            room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
-            offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
-            index = TrainableIndex(
-                plan.layout,
-                bits,
-                self._make_state(variable, offsets, "offsets", f"{position} offsets"),
-                self._make_state(variable, indices, "indices", f"{position} indices"),
-            )
-            with self._beside(variable):
-                inner = keras_internals.stand_in(variable, compact.inner_shape(variable, plan.layout, room))
-            part = CompactPartition(variable, index, inner)
-            part.remember()
+        bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
+        packed = keras_internals.numpy_of(bits)  # where there are several workers: the chief's
+        room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
+        offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
+        index = TrainableIndex(
+            plan.layout,
+            bits,
+            self._make_state(variable, offsets, "offsets", f"{position} offsets"),
+            self._make_state(variable, indices, "indices", f"{position} indices"),
+        )
+        with self._beside(variable):
+            inner = keras_internals.stand_in(variable, compact.inner_shape(variable, plan.layout, room))
+        part = CompactPartition(variable, index, inner)
+        part.remember()
         part.pending = plan.pending
         return part
 

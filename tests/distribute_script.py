@@ -8,7 +8,7 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
-from common import SETUPS, assert_same_bits
+from common import MIXING, SETUPS, assert_same_bits
 
 import freezeops as fz
 
@@ -48,11 +48,11 @@ def in_replicas(step):
     tf.function(lambda: strategy.run(step), autograph=False)()
 
 
-def loop(inner, jit_compile=False, steps=4, during=None, masks=None):
+def loop(inner, jit_compile=False, steps=4, during=None, masks=None, **options):
     """A custom loop; returns the kernel, its first value and the optimizer."""
     with strategy.scope():
         model = make_model()
-        optimizer = fz.MaskedOptimizer(inner(), masks=masks or {"body/kernel": MASK})
+        optimizer = fz.MaskedOptimizer(inner(), masks=masks or {"body/kernel": MASK}, **options)
         optimizer.build(model.trainable_variables)
     kernel = model.get_layer("body").kernel
     before = copies(kernel)[0]
@@ -235,6 +235,115 @@ def case_sparse():
         in_replicas(replica_step)
         mask = np.broadcast_to(np.arange(20)[:, None] >= 10, (20, 3))
         check(table, before, mask)
+
+
+def case_compact():
+    """Compact state trains the same bits in every replica as full state, masks that change included."""
+
+    def during(i, optimizer, kernel):
+        if i == 1:
+            optimizer.freeze(kernel, [0])
+            optimizer.unfreeze(kernel, [1, 2])
+
+    for name, setup in SETUPS.items():
+        if name in MIXING or name == "Ftrl":
+            continue
+        last = {}
+        for state in ("full", "compact"):
+            options = {"capacity": 1.0} if state == "compact" else {}
+            kernel, before, optimizer = loop(
+                lambda setup=setup: setup(weight_decay=0.01), during=during, state=state, **options
+            )
+            never = ~MASK
+            never[[1, 2]] = False
+            check(kernel, before, ~never, moves=False)
+            last[state] = copies(kernel)[0]
+            for variable in optimizer.inner_optimizer.variables:
+                if variable.shape.rank:
+                    assert_same_bits(*copies(variable), f"{name} {variable.path}")
+        np.testing.assert_allclose(last["compact"], last["full"], rtol=1e-6, err_msg=name)
+
+
+def case_compact_traffic():
+    """Only gradients of trainable entries are summed over the replicas."""
+    sent = []
+    context = tf.distribute.ReplicaContext
+    all_reduce = context.all_reduce
+
+    def counted(self, op, value, *args, **kwargs):
+        if self.replica_id_in_sync_group is not None and isinstance(value, list):
+            sent.append(sum(int(v.shape.num_elements()) * v.dtype.size for v in value))
+        return all_reduce(self, op, value, *args, **kwargs)
+
+    context.all_reduce = counted
+    mask = np.zeros((6, 12), bool)
+    mask[1, :7] = True
+    size = {}
+    for state in ("full", "compact"):
+        sent.clear()
+        loop(SETUPS["Adam"], steps=1, masks={"body/kernel": mask, "head/.*": False}, state=state)
+        size[state] = sent[0]
+        assert set(sent) == {sent[0]}
+    # body/kernel 6 x 12, body/bias 12, head/kernel 12 x 3, head/bias 3
+    assert size == {"full": 4 * (72 + 12 + 36 + 3), "compact": 4 * (7 + 12)}, size
+
+
+def case_compact_outside_of_scope():
+    """Repacking, unfreezing and swapping averages from callbacks of `fit`."""
+    with strategy.scope():
+        model = make_model()
+        kernel = model.get_layer("body").kernel
+        inner = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.7)
+        optimizer = fz.MaskedOptimizer(inner, masks={"body/kernel": MASK}, state="compact", capacity=0.8)
+        model.compile(optimizer, "mse", jit_compile=False)
+    first = copies(kernel)[0]
+    more = MASK.copy()
+    more[0] = True
+    seen = {}
+
+    class Change(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                optimizer.unfreeze(kernel, [0])
+
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                optimizer.repack({"body/kernel": True})
+                model.make_train_function(force=True)
+                seen["before"] = copies(kernel)[0]
+
+        def on_test_begin(self, logs=None):
+            check(kernel, first, more if "before" not in seen else np.ones_like(MASK), moves=False)
+
+    callbacks = [keras.callbacks.SwapEMAWeights(), Change()]
+    model.fit(X, Y, batch_size=16, epochs=3, verbose=0, callbacks=callbacks, validation_data=(X, Y))
+    check(kernel, seen["before"], np.ones_like(MASK))
+    assert_same_bits(seen["before"][~more], first[~more])
+    for variable in optimizer.inner_optimizer.variables:
+        if variable.shape.rank:
+            assert_same_bits(*copies(variable), variable.path)
+
+
+def case_compact_sparse():
+    for name in ("SGD", "Adam"):
+        last = {}
+        for state in ("full", "compact"):
+            with strategy.scope():
+                before = np.random.default_rng(5).normal(size=(20, 3)).astype("float32")
+                table = keras.Variable(before, name="table")
+                optimizer = fz.MaskedOptimizer(SETUPS[name](), state=state)
+                optimizer.freeze(table, np.s_[:10])
+                optimizer.build([table])
+
+            def replica_step(optimizer=optimizer, table=table):
+                index = tf.distribute.get_replica_context().replica_id_in_sync_group
+                rows = tf.range(10) * 2 + index
+                optimizer.apply([tf.IndexedSlices(tf.ones((10, 3)), rows, tf.constant([20, 3]))], [table])
+
+            in_replicas(replica_step)
+            check(table, before, np.broadcast_to(np.arange(20)[:, None] >= 10, (20, 3)))
+            last[state] = copies(table)[0]
+        assert_same_bits(last["compact"], last["full"], name)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def make_model():
     ]
     kernel.assign(np.where(MASKS[0] | MASKS[1], np.nan_to_num(odd, posinf=1.0), odd))
     inner = keras.optimizers.AdamW(0.01, weight_decay=0.1)
-    model.compile(fz.MaskedOptimizer(inner, masks={"body/kernel": MASKS[0]}), "mse", jit_compile=False)
+    state = os.environ.get("STATE", "full")
+    options = {"state": state, "capacity": 1.0 if state == "compact" else None}
+    model.compile(fz.MaskedOptimizer(inner, masks={"body/kernel": MASKS[0]}, **options), "mse", jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     return model
 

@@ -8,7 +8,21 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("distribute_script.py")
-CASES = ["loop", "fit", "sparse", "change_masks", "ema", "loss_scale", "one_device", "unfreeze", "outside_of_scope"]
+CASES = [
+    "loop",
+    "fit",
+    "sparse",
+    "change_masks",
+    "ema",
+    "loss_scale",
+    "one_device",
+    "unfreeze",
+    "outside_of_scope",
+    "compact",
+    "compact_traffic",
+    "compact_outside_of_scope",
+    "compact_sparse",
+]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -31,8 +31,18 @@ def finish(way, folder):
     return dict(np.load(folder / "done.npz"))
 
 
-@pytest.mark.parametrize("way", ["manager", "keras_file", "backup"])
-def test_killed_at_random_moments(way, tmp_path):
+@pytest.mark.parametrize(
+    ("way", "state"),
+    [
+        ("manager", "full"),
+        ("keras_file", "full"),
+        ("backup", "full"),
+        ("manager", "compact"),
+        ("keras_file", "compact"),
+    ],
+)
+def test_killed_at_random_moments(way, state, tmp_path, monkeypatch):
+    monkeypatch.setenv("STATE", state)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()

@@ -428,9 +428,9 @@ def test_summary(capsys):
             r"`maskable` must map",
         ),
         (
-            lambda: fz.MaskedOptimizer(keras.optimizers.SGD(), state="compact"),
-            NotImplementedError,
-            r"compact",
+            lambda: fz.MaskedOptimizer(keras.optimizers.SGD(), state="small"),
+            ValueError,
+            r"`state` must be 'full' or 'compact'. Received: state='small'",
         ),
         (
             lambda: fz.MaskedOptimizer(keras.optimizers.SGD()).density,

@@ -387,3 +387,168 @@ def test_deepcopy():
     twin = copy.deepcopy(model.optimizer)
     twin.build(model.trainable_variables)
     assert twin.mask_for(kernel(model)) == fz.Mask.from_array(MASK)
+
+
+# Compact state.
+
+
+def compact_model(inner=None, **options):
+    model = functional()
+    inner = inner or keras.optimizers.AdamW(0.1)
+    masks = {"body/kernel": MASK, "head/kernel": np.arange(8)[:, None] < 5}
+    model.compile(fz.MaskedOptimizer(inner, masks=masks, state="compact", **options), "mse", jit_compile=False)
+    return model
+
+
+def assert_compact_goes_on(resumed, model):
+    assert [part.way for part in resumed.optimizer._state.partitions] == ["compact", "full", "compact", "full"]
+    before = kernel(model).numpy()
+    mask = model.optimizer.mask_for(kernel(model))
+    assert resumed.optimizer.mask_for(kernel(resumed)) == mask
+    for _ in range(2):
+        assert_same_state(resumed, model)
+        train(model)
+        train(resumed)
+        resumed.optimizer.freeze(kernel(resumed), [1])
+        model.optimizer.freeze(kernel(model), [1])
+    assert_same_state(resumed, model)
+    frozen = ~mask.to_numpy()
+    assert_same_bits(kernel(resumed).numpy()[frozen], before[frozen])
+
+
+@pytest.mark.parametrize("setup", ["SGD momentum", "Adam amsgrad", "AdamW", "Ftrl", "Nadam", "ScheduleFreeAdamW"])
+def test_compact_keras_file(tmp_path, setup):
+    if setup not in SETUPS:
+        pytest.skip("this Keras has no such optimizer")
+    model = compact_model(SETUPS[setup](use_ema=setup == "AdamW"), capacity=0.9)
+    train(model)
+    model.optimizer.unfreeze("body/kernel", [0])  # other entries than at the build
+    train(model)
+    model.save(tmp_path / "model.keras")
+    assert_compact_goes_on(keras.models.load_model(tmp_path / "model.keras"), model)
+
+
+def test_compact_weights_file_holds_no_more_than_the_trainable_entries(tmp_path):
+    import h5py
+
+    model = compact_model()
+    train(model)
+    model.save_weights(tmp_path / "w.weights.h5")
+    sizes = []
+    with h5py.File(tmp_path / "w.weights.h5") as file:
+        own = sorted(file["optimizer/vars"])
+        file["optimizer/inner_optimizer"].visititems(lambda _, item: sizes.append(getattr(item, "size", 0)))
+    assert all(key.startswith(("mask ", "unseeded ")) for key in own)
+    assert sorted(sizes)[-2:] == [int(MASK.sum())] * 2
+    other = compact_model()
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "w.weights.h5")
+    assert_compact_goes_on(other, model)
+
+
+def test_compact_weights_into_an_optimizer_that_is_not_built(tmp_path):
+    model = compact_model()
+    train(model)
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = compact_model()
+    other.load_weights(tmp_path / "w.weights.h5")
+    train(model)
+    train(other)
+    assert_compact_goes_on(other, model)
+
+
+@pytest.mark.parametrize("restore", ["before the optimizer is built", "after"])
+def test_compact_checkpoint(tmp_path, restore):
+    model = compact_model(capacity=0.8)
+    train(model)
+    model.optimizer.unfreeze("body/kernel", [0])
+    train(model)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(tmp_path / "c"))
+    other = compact_model(capacity=0.8)
+    checkpoint = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
+    if restore == "after":
+        other.optimizer.build(other.trainable_variables)
+    status = checkpoint.restore(path)
+    other.optimizer.build(other.trainable_variables)
+    status.assert_existing_objects_matched()
+    assert_compact_goes_on(other, model)
+
+
+def test_compact_checkpoint_after_repack(tmp_path):
+    model = compact_model()
+    train(model)
+    model.optimizer.repack({"body/kernel": True, "head/kernel": np.eye(8, 2, dtype=bool)}, capacity={"body/kernel": 40})
+    model.make_train_function(force=True)
+    train(model)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(tmp_path / "c"))
+    model.save(tmp_path / "model.keras")
+    other = functional()
+    masks = {"body/kernel": True, "head/kernel": np.eye(8, 2, dtype=bool)}
+    other.compile(
+        fz.MaskedOptimizer(keras.optimizers.AdamW(0.1), masks=masks, state="compact", capacity={"body/kernel": 40}),
+        "mse",
+        jit_compile=False,
+    )
+    checkpoint = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
+    other.optimizer.build(other.trainable_variables)
+    checkpoint.restore(path).assert_existing_objects_matched()
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for _ in range(2):
+        assert_same_state(other, model)
+        assert_same_state(loaded, model)
+        for each in (model, other, loaded):
+            train(each)
+
+
+def test_compact_config():
+    model = compact_model(capacity={"body/kernel": 30})
+    train(model)
+    config = model.optimizer.get_config()
+    assert config["state"] == "compact" and config["capacity"] == {"body/kernel": 30}
+    assert config["partitions"]["body/kernel"] == {"way": "compact", "layout": [1, 40, 1], "capacity": 30}
+    assert config["partitions"]["head/kernel"] == {"way": "compact", "layout": [1, 8, 2], "capacity": 5}
+    assert fz.MaskedOptimizer.from_config(config).get_config() == config
+    twin = functional()
+    optimizer = fz.MaskedOptimizer.from_config(config)
+    before = [v.numpy() for v in twin.trainable_variables]
+    gradients = [tf.ones(v.shape) for v in twin.trainable_variables]
+    step = tf.function(lambda: optimizer.apply(gradients, twin.trainable_variables), autograph=False)
+    for apply in (step, lambda: optimizer.apply(gradients, twin.trainable_variables)):
+        with pytest.raises(ValueError, match="must be given its masks.*Received: no mask yet for 'body/kernel'"):
+            apply()
+    for variable, value in zip(twin.trainable_variables, before, strict=True):
+        assert_same_bits(variable.numpy(), value)
+    optimizer.register_masks({"body/kernel": MASK, "head/kernel": np.arange(8)[:, None] < 5})
+    step()
+    np.testing.assert_array_equal(kernel(twin).numpy() != before[0], MASK)
+
+
+def test_compact_set_weights():
+    model = compact_model()
+    train(model)
+    weights = [v.numpy() for v in model.optimizer.variables]
+    other = compact_model()
+    other.set_weights(model.get_weights())
+    other.optimizer.build(other.trainable_variables)
+    other.optimizer.register_mask("body/kernel", np.roll(MASK, 3))
+    other.optimizer.set_weights(weights)
+    assert_compact_goes_on(other, model)
+    too_many = [np.full_like(weights[0], 255), *weights[1:]]
+    with pytest.raises(ValueError, match="must not have more trainable entries"):
+        other.optimizer.set_weights(too_many)
+    assert_same_state(other, model)
+
+
+def test_compact_file_of_other_masks_is_refused(tmp_path):
+    model = compact_model()
+    train(model)
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = functional()
+    few = np.zeros_like(MASK)
+    few[0] = True
+    masks = {"body/kernel": few, "head/kernel": np.arange(8)[:, None] < 5}
+    other.compile(fz.MaskedOptimizer(keras.optimizers.AdamW(0.1), masks=masks, state="compact"), "mse")
+    other.optimizer.build(other.trainable_variables)
+    with pytest.raises(ValueError, match="must not have more trainable entries"):
+        other.load_weights(tmp_path / "w.weights.h5")
+    assert other.optimizer.mask_for(kernel(other)) == fz.Mask.from_array(few)

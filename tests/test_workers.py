@@ -100,6 +100,21 @@ def test_every_optimizer(tmp_path, backend):
         np.testing.assert_allclose(first[name], alone[name], atol=2e-2 if name in ("Muon", "Lion") else 2e-4)
 
 
+def test_compact(tmp_path):
+    with Cluster("compact", tmp_path) as cluster:
+        cluster.wait()
+    run_alone("compact", tmp_path)
+    first, second, alone = results(tmp_path, "compact", [0, 1, "one"])
+    for name in alone:
+        assert_same_bits(first[name], second[name], name)
+        np.testing.assert_allclose(first[name], alone[name], atol=2e-2 if name == "Lion" else 2e-4)
+
+
+def test_compact_state_of_the_chiefs_mask(tmp_path):
+    with Cluster("compact_chief", tmp_path) as cluster:
+        cluster.wait()
+
+
 def test_masks_are_the_chiefs(tmp_path):
     with Cluster("chief", tmp_path) as cluster:
         cluster.wait()

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import SETUPS, assert_same_bits
+from common import MIXING, SETUPS, assert_same_bits
 
 import freezeops as fz
 
@@ -88,6 +88,43 @@ def case_every_optimizer():
         assert int(np.array(run.optimizer.iterations)) == 4
         final[name] = after
     report(**final)
+
+
+def case_compact():
+    """As `case_every_optimizer`, in compact state, with masks that differ between the workers at first."""
+    final = {}
+    for name, setup in SETUPS.items():
+        if name in MIXING:
+            continue
+        run = Run(lambda setup=setup: setup(weight_decay=0.01), state="compact", capacity={"body/kernel": 0.9})
+        before = value(run.kernel)
+        for _ in range(2):
+            run.step()
+        middle = value(run.kernel)
+        assert_same_bits(middle[~MASK], before[~MASK], name)
+        assert (middle[MASK] != before[MASK]).all(), name
+        run.optimizer.register_mask(run.kernel, OTHER)
+        for _ in range(2):
+            run.step()
+        after = value(run.kernel)
+        assert_same_bits(after[~OTHER], middle[~OTHER], name)
+        assert (after[OTHER] != middle[OTHER]).all(), name
+        final[name] = after
+    report(**final)
+
+
+def case_compact_chief():
+    """Workers that were given masks of different counts make room for the chief's."""
+    for size in (1, 24, 1000):
+        masks = [np.random.default_rng(seed).random(size) < 0.5 for seed in (1, 2)]
+        masks[0][0], masks[1][:] = True, False
+        with strategy.scope():
+            variable = keras.Variable(np.ones(size, "float32"), name="v")
+            optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(), masks={"v": masks[TASK]}, state="compact")
+            optimizer.build([variable])
+        assert optimizer.mask_for(variable) == fz.Mask.from_array(masks[0]), size
+        tf.function(lambda: strategy.run(lambda: optimizer.apply([tf.ones(size)], [variable])), autograph=False)()  # noqa: B023
+        np.testing.assert_array_equal(value(variable) != 1, masks[0])
 
 
 def case_chief():
