@@ -13,6 +13,8 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -181,6 +183,30 @@ class _Others:
         ticks = [float(field) for field in fields]
         idle = ticks[3] + ticks[4]
         return sum(ticks) - idle, own, sum(ticks)
+
+
+def peak_memory() -> float:
+    """Largest resident set of this process so far, or since `forget_peak_memory`, in bytes.
+
+    Not `ru_maxrss`, which begins with what the process that started this one had.
+    """
+    status = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in status if line.startswith("VmHWM:"))
+    return float(kilobytes) * 1024
+
+
+def forget_peak_memory() -> None:
+    """Has `peak_memory` begin again with what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_fresh_process(script: str, *arguments: str) -> str:
+    """The last line that a benchmark prints, run in a process of its own."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stdout.splitlines()[-1]
 
 
 def facts() -> dict[str, Any]:

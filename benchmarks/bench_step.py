@@ -12,10 +12,8 @@ of one configuration.
 
 import gc
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import _common
@@ -118,28 +116,18 @@ def measure(optimizer: str, jit: bool, densities: list[float], size: int, repeat
 
 
 def peak_here(optimizer: str, jit: bool, density: float | None, size: int) -> float:
-    """Largest resident set of this process after some steps, in bytes.
-
-    Not `ru_maxrss`, which begins with what the process that started this one had.
-    """
+    """Largest resident set of this process after some steps, in bytes."""
     x = make_gradient_source(size)
     bare = density is None
     step = make_step(OPTIMIZERS[optimizer](), x, jit) if bare else make_masked(optimizer, density, x, jit)
     for _ in range(MEMORY_STEPS):
         step()
-    status = Path("/proc/self/status").read_text().splitlines()
-    kilobytes = next(line.split()[1] for line in status if line.startswith("VmHWM:"))
-    return float(kilobytes) * 1024
+    return _common.peak_memory()
 
 
 def peak_elsewhere(optimizer: str, jit: bool, density: float | None, size: int) -> float:
     """`peak_here` in a fresh process."""
-    task = json.dumps([optimizer, jit, density, size])
-    command = [sys.executable, __file__, "--memory-of", task]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return float(done.stdout.splitlines()[-1])
+    return float(_common.in_fresh_process(__file__, "--memory-of", json.dumps([optimizer, jit, density, size])))
 
 
 def add_memory(results: list[dict[str, Any]], size: int) -> None:
