@@ -9,6 +9,9 @@
 namespace freezeops {
 namespace {
 
+// Below this many selected entries a loop over them beats compressing or expanding all 64.
+constexpr int kFewToMove = 3;
+
 template <int kWidth>
 struct Lanes;
 
@@ -70,7 +73,7 @@ struct Words {
   }
 
   static U* compress(U* destination, const U* destination_end, const U* source, uint64_t selected) {
-    if (count_bits(selected) <= kFewBits) return ScalarWords<U>::compress_bits(destination, source, selected);
+    if (count_bits(selected) <= kFewToMove) return ScalarWords<U>::compress_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);
       const int count = count_bits(mask);
@@ -86,7 +89,7 @@ struct Words {
   }
 
   static const U* expand(U* destination, const U* source, const U* source_end, uint64_t selected) {
-    if (count_bits(selected) <= kFewBits) return ScalarWords<U>::expand_bits(destination, source, selected);
+    if (count_bits(selected) <= kFewToMove) return ScalarWords<U>::expand_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);
       const int count = count_bits(mask);

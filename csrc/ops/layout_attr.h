@@ -47,6 +47,9 @@ absl::Status GetLayout(Context* context, MaskLayout* layout) {
   return status.ok() ? ParseLayout(values, layout) : status;
 }
 
+inline constexpr char kOffsetsMessage[] =
+    "offsets and indices must be those of the mask, and no more entries trainable than there are indices.";
+
 inline absl::Status CheckMask(const tensorflow::TensorShape& mask, const MaskLayout& layout) {
   if (mask.dims() == 1 && mask.dim_size(0) == mask_bytes(layout.kept)) return absl::OkStatus();
   // `repack` empties the masks that it replaces, so that no function goes on with them.

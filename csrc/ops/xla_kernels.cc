@@ -10,6 +10,7 @@
 #include "ops/layout_attr.h"
 #include "ops/tf_compat.h"
 #include "ops/xla_compat.h"
+#include "ops/xla_cpu_calls.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace freezeops {
@@ -314,13 +315,14 @@ class SeedSlotsXlaOp : public XlaOpKernel {
   std::vector<int64_t> powers_;
 };
 
-// Compact state: entries are found by their indices. An index that is out of range stands for none: what is gathered
+// Compact state. On the CPU the native kernels are called; elsewhere entries are found by their indices. An index that is out of range stands for none: what is gathered
 // there is zero, and nothing is scattered.
 class CompactXlaOp : public XlaOpKernel {
  public:
   explicit CompactXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
     OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+    native_ = ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
 
  protected:
@@ -345,11 +347,20 @@ class CompactXlaOp : public XlaOpKernel {
     return dims;
   }
 
-  absl::Status Gather(XlaOpKernelContext* ctx, XlaOp source, XlaOp indices) {
+  absl::Status Gather(XlaOpKernelContext* ctx, XlaOp source) {
+    const XlaOp indices = ctx->Input(3);
     xla::PrimitiveType type;
     TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype_, &type));
     if (capacity_ * layout_.inner == 0 || layout_.kept == 0) {
       ctx->SetOutput(0, xla::Broadcast(xla::Zero(ctx->builder(), type), {capacity_ * layout_.inner}));
+      return absl::OkStatus();
+    }
+    if (native_) {
+      const XlaOp gathered = xla::CustomCall(
+          ctx->builder(), kGatherCall, {xla::Reshape(source, Dims(layout_.kept)), ctx->Input(1), ctx->Input(2), indices},
+          xla::ShapeUtil::MakeShape(type, Dims(capacity_)), "", /*has_side_effect=*/false, {}, nullptr,
+          xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+      ctx->SetOutput(0, xla::Reshape(gathered, {capacity_ * layout_.inner}));
       return absl::OkStatus();
     }
     const xla::PrimitiveType integers = IntegersFor(dtype_);
@@ -374,6 +385,7 @@ class CompactXlaOp : public XlaOpKernel {
   MaskLayout layout_;
   DataType dtype_;
   int64_t capacity_ = 0;
+  bool native_ = false;  // by a call of the native kernels
 };
 
 class GatherTrainableXlaOp : public CompactXlaOp {
@@ -385,7 +397,7 @@ class GatherTrainableXlaOp : public CompactXlaOp {
     OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &shape));
     OP_REQUIRES_OK(ctx, CheckEntries("source", shape, layout_));
     OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
-    OP_REQUIRES_OK(ctx, Gather(ctx, ctx->Input(0), ctx->Input(3)));
+    OP_REQUIRES_OK(ctx, Gather(ctx, ctx->Input(0)));
   }
 };
 
@@ -399,7 +411,7 @@ class ReadTrainableXlaOp : public CompactXlaOp {
     OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
     OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
     OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
-    OP_REQUIRES_OK(ctx, Gather(ctx, value, ctx->Input(3)));
+    OP_REQUIRES_OK(ctx, Gather(ctx, value));
   }
 };
 
@@ -420,6 +432,19 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
     if (compact_shape.num_elements() == 0 || entries(layout_) == 0) return;
     xla::PrimitiveType type;
     OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    if (native_) {
+      const xla::ShapeIndex whole({});
+      const std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place = {
+          {whole, {0, whole}}};
+      const XlaOp written = xla::CustomCall(
+          ctx->builder(), kScatterCall,
+          {xla::Reshape(value, Dims(layout_.kept)), xla::Reshape(ctx->Input(1), Dims(capacity_)), ctx->Input(2),
+           ctx->Input(3), ctx->Input(4)},
+          xla::ShapeUtil::MakeShape(type, Dims(layout_.kept)), "", /*has_side_effect=*/false, in_place, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+          xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+      OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
+      return;
+    }
     // As floats where that keeps every bit: as integers the whole variable would be copied. XLA scatters 16-bit floats
     // by way of float32, which changes NaNs in entries that no index names.
     const bool as_is = tensorflow::DataTypeSize(dtype_) > 2;

@@ -1,0 +1,129 @@
+// What XLA calls on the CPU for compact state: the native kernels, where they beat the HLO of xla_kernels.cc.
+//
+// XLA fuses a gather into the loop that uses its result, which is then no longer vectorized, and scatters on one thread.
+//
+// Operands of freezeops_gather_trainable: source [kept, inner], mask, offsets, indices; result [capacity, inner].
+// Of freezeops_scatter_trainable: destination [kept, inner], compact [capacity, inner], mask, offsets, indices; the
+// result is the destination.
+
+#include "ops/xla_cpu_calls.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "kernels/trainable_parts.h"
+#include "ops/layout_attr.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace xla {
+namespace ffi {
+// Declared here: the header that has it includes much more.
+const XLA_FFI_Api* GetXlaFfiApi();
+}  // namespace ffi
+}  // namespace xla
+
+namespace freezeops {
+namespace {
+
+namespace ffi = ::xla::ffi;
+
+// Runs work(first, last) over parts of [0, count) on the calling thread and on those of the pool that are free, where
+// that pays.
+void ParallelFor(ffi::ThreadPool pool, int64_t count, int64_t cycles_per_unit,
+                 const std::function<void(int64_t, int64_t)>& work) {
+  constexpr int64_t kLeastCycles = 20000;
+  const int64_t threads = pool.num_threads();
+  const int64_t parts = std::min({4 * threads, count, count * cycles_per_unit / kLeastCycles + 1});
+  if (parts <= 1 || threads <= 1) {
+    if (count > 0) work(0, count);
+    return;
+  }
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;  // guarded by mutex
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  // A helper may come to run when all is done and this function has returned: then it must touch nothing but this.
+  const auto shared = std::make_shared<Shared>();
+  const auto run = [shared, parts, count, &work] {
+    int64_t mine = 0;
+    for (int64_t i = shared->next++; i < parts; i = shared->next++, ++mine) {
+      work(i * count / parts, (i + 1) * count / parts);
+    }
+    if (mine == 0) return;
+    std::lock_guard<std::mutex> lock(shared->mutex);
+    shared->done += mine;
+    if (shared->done == parts) shared->all_done.notify_all();
+  };
+  for (int64_t i = 0; i < std::min(threads, parts) - 1; ++i) pool.Schedule(std::function<void()>(run));
+  run();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == parts; });
+}
+
+ffi::Error Fits(const TrainableParts& parts) {
+  return parts.fits() ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kInvalidArgument, kOffsetsMessage);
+}
+
+// `whole` is [kept, inner] or [kept]; so is `compact`, with the capacity.
+TrainableParts PartsOf(ffi::ThreadPool pool, ffi::AnyBuffer whole, ffi::AnyBuffer mask, ffi::AnyBuffer offsets,
+                       ffi::AnyBuffer indices) {
+  const auto dims = whole.dimensions();
+  const MaskView view{static_cast<const uint8_t*>(mask.untyped_data()), {1, dims[0], dims.size() > 1 ? dims[1] : 1}};
+  const TrainableIndices positions{indices.untyped_data(), indices.element_type() == ffi::DataType::S64};
+  return TrainableParts(view, static_cast<const int64_t*>(offsets.untyped_data()), positions, indices.dimensions()[0],
+                        pool.num_threads(),
+                        [pool](int64_t count, int64_t cycles, const std::function<void(int64_t, int64_t)>& work) {
+                          ParallelFor(pool, count, cycles, work);
+                        });
+}
+
+ffi::Error Gather(ffi::ThreadPool pool, ffi::AnyBuffer source, ffi::AnyBuffer mask, ffi::AnyBuffer offsets,
+                  ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> compact) {
+  const TrainableParts parts = PartsOf(pool, source, mask, offsets, indices);
+  if (parts.fits()) {
+    parts.Gather(compact->untyped_data(), source.untyped_data(), compact->size_bytes() / compact->element_count());
+  }
+  return Fits(parts);
+}
+
+ffi::Error Scatter(ffi::ThreadPool pool, ffi::AnyBuffer destination, ffi::AnyBuffer compact, ffi::AnyBuffer mask,
+                   ffi::AnyBuffer offsets, ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> result) {
+  if (result->untyped_data() != destination.untyped_data()) {
+    return ffi::Error(ffi::ErrorCode::kInternal, "the result of freezeops_scatter_trainable must be its operand");
+  }
+  const TrainableParts parts = PartsOf(pool, destination, mask, offsets, indices);
+  if (parts.fits()) {
+    parts.Scatter(result->untyped_data(), compact.untyped_data(), compact.size_bytes() / compact.element_count());
+  }
+  return Fits(parts);
+}
+
+XLA_FFI_DEFINE_HANDLER(kGather, Gather,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGatherCall, "Host", kGather);
+
+XLA_FFI_DEFINE_HANDLER(kScatter, Scatter,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kScatterCall, "Host", kScatter);
+
+}  // namespace
+}  // namespace freezeops
