@@ -211,6 +211,7 @@ class CompactPartition(MaskedPartition):
     """
 
     way = "compact"
+    take_remembers = True
 
     def __init__(self, variable: Variable, index: TrainableIndex, inner: keras.Variable):
         super().__init__(variable)
@@ -234,8 +235,16 @@ class CompactPartition(MaskedPartition):
         gradient = self._checked(gradient)
         self._check_not_pending()
         if isinstance(gradient, tf.IndexedSlices):
+            self.remember()
             return self._take_slices(gradient)
-        compact = ops.gather_trainable(gradient, *self.index.tensors(), self.layout)
+        copies = self._components()
+        if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
+            self.remember()
+            compact = ops.gather_trainable(gradient, *self.index.tensors(), self.layout)
+        else:
+            ((variable, inner, index),) = copies
+            compact, values = ops.take_trainable(variable, gradient, *index, self.layout)
+            inner.assign(tf.reshape(values, inner.shape))
         return tf.reshape(compact, self._inner.shape)
 
     def _take_slices(self, gradient: tf.IndexedSlices) -> transforms.Gradient:

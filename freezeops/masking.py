@@ -479,6 +479,7 @@ class FrozenEntries:
         partitions: Of all variables that may be written.
         averages: Slots of moving averages, each with the partition of its variable.
         rows: By position, the only rows that can be written, where that is known.
+        taken: Those whose `take` was called just before.
     """
 
     def __init__(
@@ -486,13 +487,18 @@ class FrozenEntries:
         partitions: Sequence[Partition],
         averages: Iterable[tuple[Partition, Variable]] = (),
         rows: Mapping[int, tf.Tensor] | None = None,
+        taken: Sequence[Partition] = (),
     ):
         self._partitions = partitions
         self._averages = averages
         self._rows = rows or {}
+        self._remembered = {id(part) for part in taken if part.take_remembers}
 
     def __enter__(self) -> None:
-        self._snapshots = [part.remember(self._rows.get(i)) for i, part in enumerate(self._partitions)]
+        self._snapshots = [
+            None if id(part) in self._remembered else part.remember(self._rows.get(i))
+            for i, part in enumerate(self._partitions)
+        ]
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         if error is not None and not tf.executing_eagerly():

@@ -26,6 +26,7 @@ _OPS = (
     "restore_frozen",
     "gather_trainable",
     "read_trainable",
+    "take_trainable",
     "scatter_trainable",
     "rank_trainable",
     "seed_slots",
@@ -206,6 +207,20 @@ def read_trainable(
     return reference.read_trainable(variable, mask, offsets, indices, layout)
 
 
+def take_trainable(
+    variable: tf.Variable,
+    gradient: tf.Tensor,
+    mask: tf.Tensor,
+    offsets: tf.Tensor,
+    indices: tf.Tensor,
+    layout: Layout,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, at once."""
+    if library := _library():
+        return library.freezeops_take_trainable(variable.handle, gradient, mask, offsets, indices, layout=list(layout))
+    return reference.take_trainable(variable, gradient, mask, offsets, indices, layout)
+
+
 def scatter_trainable(
     variable: tf.Variable,
     compact: tf.Tensor,
@@ -270,6 +285,7 @@ tf.no_gradient("Freezeops>RememberFrozen")
 tf.no_gradient("Freezeops>RestoreFrozen")
 tf.no_gradient("Freezeops>GatherTrainable")
 tf.no_gradient("Freezeops>ReadTrainable")
+tf.no_gradient("Freezeops>TakeTrainable")
 tf.no_gradient("Freezeops>ScatterTrainable")
 tf.no_gradient("Freezeops>RankTrainable")
 tf.no_gradient("Freezeops>SeedSlots")

@@ -539,7 +539,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 # All are frozen for good; the inner optimizer would not count the step.
                 keras_internals.step_counter(self.inner_optimizer).assign_add(1)
                 return
-            with self._frozen_entries(self._touched_rows(taken, variables)):
+            with_gradient = [part for part, gradient in zip(parts, grads, strict=True) if gradient is not None]
+            with self._frozen_entries(self._touched_rows(taken, variables), with_gradient):
                 self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
 
     def _masks_in_use(self) -> list[tf.Operation]:
@@ -555,8 +556,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             for part in self._masked_partitions()
         ]
 
-    def _frozen_entries(self, rows: Mapping[int, tf.Tensor] | None = None) -> FrozenEntries:
-        return FrozenEntries(self._state.partitions, self._averages(), rows)
+    def _frozen_entries(
+        self, rows: Mapping[int, tf.Tensor] | None = None, taken: Sequence[Partition] = ()
+    ) -> FrozenEntries:
+        return FrozenEntries(self._state.partitions, self._averages(), rows, taken)
 
     def _touched_rows(
         self, gradients: Sequence[Gradient | None], variables: Sequence[Variable]

@@ -2,7 +2,7 @@
 
 The interface is small: `inner_variable` is what the inner optimizer sees,
 `take(gradient)` is what it is given, `remember()` is called before it runs and
-`put_back(snapshot)` after. A snapshot is passed on, not stored, because the
+`put_back(snapshot)` after. (Compact state is in `compact.py`.) A snapshot is passed on, not stored, because the
 replicas of a distributed step share their partitions.
 """
 
@@ -128,6 +128,8 @@ class Partition(ABC):
     """
 
     way: Way
+    take_remembers = False
+    """Whether `take` also does what `remember` does."""
 
     def __init__(self, variable: Variable):
         self.variable = variable

@@ -212,6 +212,19 @@ def read_trainable(
     return gather_trainable(variable.read_value(), mask, offsets, indices, layout)
 
 
+def take_trainable(
+    variable: tf.Variable,
+    gradient: tf.Tensor,
+    mask: tf.Tensor,
+    offsets: tf.Tensor,
+    indices: tf.Tensor,
+    layout: Layout,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, at once."""
+    index = (mask, offsets, indices)
+    return gather_trainable(gradient, *index, layout), read_trainable(variable, *index, layout)
+
+
 def scatter_trainable(
     variable: tf.Variable,
     compact: tf.Tensor,

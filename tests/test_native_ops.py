@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from common import assert_same_bits
 
-from freezeops import _native
+from freezeops import _native, reference
 
 library = _native.op_library()
 pytestmark = pytest.mark.skipif(library is None, reason="no native library for this TensorFlow")
@@ -134,3 +134,83 @@ def test_gradient_is_masked_in_its_own_buffer():
         step(x, bits)
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4
     assert faults < 1.5 * size * 4 / resource.getpagesize()
+
+
+def index(packed, kept, room=0):
+    """Mask, offsets and indices that belong together."""
+    ones = reference.bit_indices(packed, kept)
+    indices = np.concatenate([ones, kept + np.arange(room)]).astype(np.int32)
+    return [packed, reference.rank_offsets(packed, kept), indices]
+
+
+@pytest.mark.parametrize("mode", ["function", "jit"])
+@pytest.mark.parametrize("density", [0.005, 0.3])
+@pytest.mark.parametrize("wrong", ["mask", "offsets", "indices", "capacity"])
+def test_index_that_does_not_belong_to_its_mask(wrong, density, mode):
+    """Nothing is read or written out of bounds, and no frozen entry is written: by bits and by indices."""
+    rng = np.random.default_rng(0)
+    kept = 20_000
+    packed = np.packbits(rng.random(kept) < density, bitorder="little")
+    values = index(packed, kept)
+    if wrong == "mask":
+        values[0] = np.roll(packed, 700)
+    elif wrong == "offsets":
+        values[1] = values[1] + 5
+    elif wrong == "capacity":
+        values[2] = values[2][:-2]
+    else:
+        values[2] = values[2].copy()
+        values[2][3:6] = [2**31 - 1, -1, 5 * kept]
+        if density > 0.1:
+            pytest.skip("where many are trainable the indices are not looked at")
+    bits, offsets, indices = (tf.Variable(value) for value in values)
+    layout = [1, kept, 1]
+    variable = tf.Variable(np.zeros(kept, "float32"))
+    source = tf.ones(kept)
+
+    def gather():
+        return library.freezeops_gather_trainable(source, bits, offsets, indices, layout=layout)
+
+    def take():
+        return library.freezeops_take_trainable(variable.handle, source, bits, offsets, indices, layout=layout)
+
+    def scatter():
+        compact = tf.ones(tf.shape(indices))
+        library.freezeops_scatter_trainable(variable.handle, compact, bits, offsets, indices, layout=layout)
+
+    message = "offsets and indices must be those of the mask"
+    by_index = density < 0.1
+    for function in (gather, take, scatter):
+        if by_index and wrong == "mask" and function is not scatter:
+            continue  # to read a frozen entry harms nobody
+        if mode == "jit" and wrong == "offsets" and by_index and function is not scatter:
+            continue
+        with pytest.raises(tf.errors.OpError, match=message):
+            tf.function(function, jit_compile=mode == "jit", autograph=False)()
+    frozen = ~reference.unpack_bits(values[0], kept)
+    assert not variable.numpy()[frozen].any()
+
+
+def test_compact_ops_refuse_other_shapes():
+    packed = np.array([0b101], np.uint8)
+    bits, offsets, indices = index(packed, 3)
+    variable = tf.Variable(np.ones(3, "float32"))
+    good = {"mask": bits, "offsets": offsets, "indices": indices}
+    cases = [
+        ({"mask": np.zeros(2, np.uint8)}, [1, 3, 1], r"mask must have"),
+        ({"offsets": np.zeros(3, np.int64)}, [1, 3, 1], r"offsets must have shape \[2\]"),
+        ({"indices": np.zeros((1, 2), np.int32)}, [1, 3, 1], r"rank 1|indices must be a vector"),
+        ({}, [1, 4, 1], r"must have the 4 entries"),
+        ({}, [3, 1, 1], r"must be one that does not repeat|offsets must have|mask must have"),
+    ]
+    for wrong, layout, message in cases:
+        given = good | wrong
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=message):
+            library.freezeops_gather_trainable(tf.ones(3), *given.values(), layout=layout)
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=message):
+            library.freezeops_read_trainable(variable.handle, *given.values(), T=tf.float32, layout=layout)
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match="compact must have 1 entries for each"):
+        library.freezeops_scatter_trainable(variable.handle, tf.ones(3), *good.values(), layout=[1, 3, 1])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"bits must be in \[0, 3\). Received: bits\[1\] = 3"):
+        library.freezeops_rank_trainable(np.array([0, 3]), *good.values(), kept=3)
+    assert (variable.numpy() == 1).all()

@@ -380,10 +380,13 @@ def test_gather_and_scatter_trainable(mode, layout, dtype, density, room, seed):
         def step(value, variable=variable, library=library):
             read = library.read_trainable(variable, *index, layout)
             compact = library.gather_trainable(value, *index, layout)
+            both = library.take_trainable(variable, value, *index, layout)
             library.scatter_trainable(variable, compact, *index, layout)
-            return read, compact
+            return read, compact, *both
 
-        read, compact = in_mode(step, mode)(tf.constant(new))
+        read, compact, *both = in_mode(step, mode)(tf.constant(new))
+        assert_same_bits(both[0], compact, "taken gradient")
+        assert_same_bits(both[1], read, "taken value")
         rest = np.zeros(room * layout.inner, DTYPES[dtype])
         assert_same_bits(read, np.concatenate([old[passing], rest]), "read")
         assert_same_bits(compact, np.concatenate([new[passing], rest]), "gathered")
@@ -412,7 +415,7 @@ def test_rank_trainable(kept, density, room, seed):
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.4, 1.0])
 @pytest.mark.parametrize(
     ("shape", "inner"), [((1,), 1), ((0,), 1), ((67,), 1), ((9, 13), 1), ((9, 13), 13), ((5, 2, 3), 6), ((5000,), 1)]
 )
@@ -431,8 +434,9 @@ def test_compact_under_xla(shape, inner, density, dtype):
         def step(new, variable=variable, library=library):
             read = library.read_trainable(variable, *index, layout)
             compact = library.gather_trainable(new, *index, layout)
+            both = library.take_trainable(variable, new, *index, layout)
             library.scatter_trainable(variable, compact, *index, layout)
-            return read, compact, library.rank_trainable(bits, *index, layout.kept)
+            return read, compact, *both, library.rank_trainable(bits, *index, layout.kept)
 
         outputs = tf.function(step, jit_compile=jit)(new)
         results.append([output.numpy() for output in outputs] + [variable.numpy()])

@@ -59,17 +59,18 @@ struct FewEntries {
   uint16_t entries[kFewInBlock + 2];
 };
 
-template <typename U>
-FREEZEOPS_INLINE void collect_few(FewEntries* few, int64_t position, const uint64_t* block, int words, const U* data) {
+template <typename U, int kArrays>
+FREEZEOPS_INLINE void collect_few(FewEntries* few, int64_t position, const uint64_t* block, int words,
+                                  const U* const arrays[kArrays]) {
   few->position = position;
   int count = 0;
-  const U* last = data + position;
+  int64_t last = position;
   // Written whether there is one or not: whether a word has none, one or two cannot be foreseen.
   const auto add = [&](int64_t entry, bool any) {
     few->entries[count] = static_cast<uint16_t>(entry);
     count += any;
-    last = any ? data + position + entry : last;
-    __builtin_prefetch(last);
+    last = any ? position + entry : last;
+    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + last);
   };
   visit_few(0, block, words, add, [&](int64_t first, uint64_t more) {
     for (; more != 0; more &= more - 1) add(first + __builtin_ctzll(more), true);
@@ -129,34 +130,43 @@ struct CopyAndZeroVisitor {
   }
 };
 
-template <typename U>
+// From one or two arrays of one mask.
+template <typename U, int kArrays>
 struct GatherVisitor {
-  U* destination;
-  const U* destination_end;
-  const U* source;
+  U* destination[kArrays];
+  const U* destination_end[kArrays];
+  const U* source[kArrays];
   FewEntries waiting;
   void finish() {
-    const U* from = source + waiting.position;
-    for (int i = 0; i < waiting.count; ++i) *destination++ = from[waiting.entries[i]];
+    for (int a = 0; a < kArrays; ++a) {
+      const U* from = source[a] + waiting.position;
+      for (int i = 0; i < waiting.count; ++i) *destination[a]++ = from[waiting.entries[i]];
+    }
     waiting.count = 0;
   }
   void run(int64_t position, int64_t length) {
     finish();
-    copy_run(destination, source + position, length);
-    destination += length;
+    for (int a = 0; a < kArrays; ++a) {
+      copy_run(destination[a], source[a] + position, length);
+      destination[a] += length;
+    }
   }
   void word(int64_t position, uint64_t selected) {
     finish();
-    prefetch_ahead(source + position);
-    destination = Words<U>::compress(destination, destination_end, source + position, selected);
+    for (int a = 0; a < kArrays; ++a) {
+      prefetch_ahead(source[a] + position);
+      destination[a] = Words<U>::compress(destination[a], destination_end[a], source[a] + position, selected);
+    }
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
     finish();
-    destination = ScalarWords<U>::compress_bits(destination, source + position, selected);
+    for (int a = 0; a < kArrays; ++a) {
+      destination[a] = ScalarWords<U>::compress_bits(destination[a], source[a] + position, selected);
+    }
   }
   void few(int64_t position, const uint64_t* block, int count) {
     FewEntries next;
-    collect_few(&next, position, block, count, source);
+    collect_few<U, kArrays>(&next, position, block, count, source);
     finish();
     waiting = next;
   }
@@ -189,7 +199,8 @@ struct ScatterVisitor {
   }
   void few(int64_t position, const uint64_t* block, int count) {
     FewEntries next;
-    collect_few(&next, position, block, count, static_cast<const U*>(destination));
+    const U* const arrays[1] = {destination};
+    collect_few<U, 1>(&next, position, block, count, arrays);
     finish();
     waiting = next;
   }
@@ -245,8 +256,21 @@ int64_t count_ones(const uint8_t* bits, int64_t begin, int64_t end) {
 template <typename U, bool kTrainable>
 void gather(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
   U* const first = static_cast<U*>(destination);
-  GatherVisitor<U> visitor{first, first + count, static_cast<const U*>(source), {}};
+  GatherVisitor<U, 1> visitor{{first}, {first + count}, {static_cast<const U*>(source)}, {}};
   walk<kTrainable>(mask, begin, end, visitor);
+  visitor.finish();
+}
+
+template <typename U>
+void gather_two(void* const destinations[2], int64_t count, const void* const sources[2], const MaskView& mask,
+                int64_t begin, int64_t end) {
+  U* const first = static_cast<U*>(destinations[0]);
+  U* const second = static_cast<U*>(destinations[1]);
+  GatherVisitor<U, 2> visitor{{first, second},
+                              {first + count, second + count},
+                              {static_cast<const U*>(sources[0]), static_cast<const U*>(sources[1])},
+                              {}};
+  walk<true>(mask, begin, end, visitor);
   visitor.finish();
 }
 
@@ -276,6 +300,7 @@ void copy_selected(void* destination, const void* source, const MaskView& mask, 
       count_ones,                                                                                       \
       {gather<uint16_t, false>, gather<uint32_t, false>, gather<uint64_t, false>},                      \
       {gather<uint16_t, true>, gather<uint32_t, true>, gather<uint64_t, true>},                         \
+      {gather_two<uint16_t>, gather_two<uint32_t>, gather_two<uint64_t>},                               \
       {scatter<uint16_t, false>, scatter<uint32_t, false>, scatter<uint64_t, false>},                   \
       {scatter<uint16_t, true>, scatter<uint32_t, true>, scatter<uint64_t, true>},                      \
       {copy_selected<uint16_t, false>, copy_selected<uint32_t, false>, copy_selected<uint64_t, false>}, \

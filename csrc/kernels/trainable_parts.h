@@ -48,7 +48,7 @@ class TrainableParts {
     by_index_ = mask.layout.inner == 1 && total >= 0 && total <= capacity && total < kept / (indices.wide ? 64 : 32);
     if (by_index_) {
       ranks_ = {0, total};
-      fits_ = indices_.wide ? IndicesFit<int64_t>() : IndicesFit<int32_t>();
+      fits_ = true;  // as far as can be said before the indices are looked at
       return;
     }
     const int64_t wanted =
@@ -72,33 +72,46 @@ class TrainableParts {
     fits_ = fits;
   }
 
-  // Whether the offsets are those of the mask, and the capacity is enough. If not, nothing else must be called.
-  bool fits() const { return fits_; }
   int64_t total() const { return ranks_.back(); }
   int64_t capacity() const { return capacity_; }
 
-  // compact = the trainable entries of `source`, of `width` bytes each, then zeros up to the capacity.
-  void Gather(void* compact, const void* source, int64_t width) const {
-    if (by_index_) {
-      ByIndex<false>(compact, const_cast<void*>(source), width);
-      std::memset(static_cast<char*>(compact) + total() * width, 0, (capacity_ - total()) * width);
-      return;
-    }
+  // Each compact array = the trainable entries of its source, of `width` bytes each, then zeros up to the capacity.
+  // There are one or two. Returns whether offsets and indices are those of the mask, and the capacity is enough.
+  bool Gather(const std::vector<void*>& compact, const std::vector<const void*>& sources, int64_t width) const {
+    if (!fits_) return false;
     const int64_t inner = mask_.layout.inner;
-    const auto gather = cpu_kernels().gather_trainable[width_index(width)];
-    char* const to = static_cast<char*>(compact);
-    const char* const from = static_cast<const char*>(source);
-    ForEach(width, [&](int64_t i) {
-      gather(to + ranks_[i] * inner * width, count(i) * inner, from + begin(i) * width, mask_, begin(i), end(i));
-    });
+    const KernelTable& kernels = cpu_kernels();
+    const int index = width_index(width);
+    const size_t arrays = sources.size();
+    if (by_index_) {
+      if (!ByIndex<false>(compact, sources, width)) return false;
+    } else {
+      ForEach(width * arrays, [&](int64_t i) {
+        void* to[2];
+        const void* from[2];
+        for (size_t a = 0; a < arrays; ++a) {
+          to[a] = static_cast<char*>(compact[a]) + ranks_[i] * inner * width;
+          from[a] = static_cast<const char*>(sources[a]) + begin(i) * width;
+        }
+        if (arrays == 2) {
+          kernels.gather_two_trainable[index](to, count(i) * inner, from, mask_, begin(i), end(i));
+        } else {
+          kernels.gather_trainable[index](to[0], count(i) * inner, from[0], mask_, begin(i), end(i));
+        }
+      });
+    }
     const int64_t used = total() * inner * width;
     const int64_t rest = capacity_ * inner * width - used;
-    if (rest > 0) std::memset(to + used, 0, rest);
+    if (rest > 0) {
+      for (void* each : compact) std::memset(static_cast<char*>(each) + used, 0, rest);
+    }
+    return true;
   }
 
-  // The trainable entries of `destination` = those of `compact`.
-  void Scatter(void* destination, const void* compact, int64_t width) const {
-    if (by_index_) return ByIndex<true>(const_cast<void*>(compact), destination, width);
+  // The trainable entries of `destination` = those of `compact`. No other is written, whatever is returned.
+  bool Scatter(void* destination, const void* compact, int64_t width) const {
+    if (!fits_) return false;
+    if (by_index_) return ByIndex<true>({const_cast<void*>(compact)}, {destination}, width);
     const int64_t inner = mask_.layout.inner;
     const auto scatter = cpu_kernels().scatter_trainable[width_index(width)];
     char* const to = static_cast<char*>(destination);
@@ -106,6 +119,7 @@ class TrainableParts {
     ForEach(width, [&](int64_t i) {
       scatter(to + begin(i) * width, from + ranks_[i] * inner * width, count(i) * inner, mask_, begin(i), end(i));
     });
+    return true;
   }
 
  private:
@@ -114,54 +128,44 @@ class TrainableParts {
   int64_t begin(int64_t part) const { return part * part_bits_ * mask_.layout.inner; }
   int64_t end(int64_t part) const { return end_bit(part) * mask_.layout.inner; }
 
-  // Whether each index is that of a one among the bits, so that no other entry can be written.
-  template <typename Index>
-  bool IndicesFit() const {
-    const Index* const indices = static_cast<const Index*>(indices_.data);
-    std::atomic<bool> fits(true);
-    parallel_for_(total(), 4, [&](int64_t first, int64_t last) {
-      bool all = true;
-      for (int64_t i = first; i < last; ++i) {
-        const uint64_t bit = static_cast<uint64_t>(indices[i]);
-        all = all && bit < static_cast<uint64_t>(mask_.layout.kept) && bit_is_set(mask_.bits, bit);
-      }
-      if (!all) fits = false;
-    });
-    return fits;
-  }
-
-  // compact[i] = whole[indices[i]], or the reverse.
+  // compact[i] = whole[indices[i]] for each array, or the reverse. Returns whether each index is one of a bit and, where
+  // entries are written, of a bit that is set: another is left out.
   template <bool kScatter>
-  void ByIndex(void* compact, void* whole, int64_t width) const {
-    switch (width) {
-      case 2:
-        return indices_.wide ? Move<kScatter, uint16_t, int64_t>(compact, whole)
-                             : Move<kScatter, uint16_t, int32_t>(compact, whole);
-      case 4:
-        return indices_.wide ? Move<kScatter, uint32_t, int64_t>(compact, whole)
-                             : Move<kScatter, uint32_t, int32_t>(compact, whole);
-      default:
-        return indices_.wide ? Move<kScatter, uint64_t, int64_t>(compact, whole)
-                             : Move<kScatter, uint64_t, int32_t>(compact, whole);
-    }
-  }
-
-  template <bool kScatter, typename U, typename Index>
-  void Move(void* compact, void* whole) const {
-    constexpr int64_t kAhead = 32;  // entries whose lines are on their way
-    U* const few = static_cast<U*>(compact);
-    U* const all = static_cast<U*>(whole);
-    const Index* const indices = static_cast<const Index*>(indices_.data);
-    parallel_for_(total(), 16, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        __builtin_prefetch(all + indices[std::min(i + kAhead, last - 1)], kScatter);
-        if (kScatter) {
-          all[indices[i]] = few[i];
-        } else {
-          few[i] = all[indices[i]];
+  bool ByIndex(const std::vector<void*>& compact, const std::vector<const void*>& whole, int64_t width) const {
+    const auto move = [&](auto value, auto index) {
+      using U = decltype(value);
+      using Index = decltype(index);
+      constexpr int64_t kAhead = 32;  // entries whose lines are on their way
+      const Index* const indices = static_cast<const Index*>(indices_.data);
+      const uint64_t kept = static_cast<uint64_t>(mask_.layout.kept);
+      std::atomic<bool> fits(true);
+      parallel_for_(total(), 16 * static_cast<int64_t>(whole.size()), [&](int64_t first, int64_t last) {
+        bool all_fit = true;
+        for (size_t a = 0; a < whole.size(); ++a) {
+          U* const few = static_cast<U*>(compact[a]);
+          U* const all = static_cast<U*>(const_cast<void*>(whole[a]));
+          for (int64_t i = first; i < last; ++i) {
+            __builtin_prefetch(all + indices[std::min(i + kAhead, last - 1)], kScatter);
+            const uint64_t entry = static_cast<uint64_t>(indices[i]);
+            if (entry >= kept || (kScatter && !bit_is_set(mask_.bits, static_cast<int64_t>(entry)))) {
+              all_fit = false;
+            } else if (kScatter) {
+              all[entry] = few[i];
+            } else {
+              few[i] = all[entry];
+            }
+          }
         }
-      }
-    });
+        if (!all_fit) fits = false;
+      });
+      return fits.load();
+    };
+    const auto with_width = [&](auto index) {
+      if (width == 2) return move(uint16_t{}, index);
+      if (width == 4) return move(uint32_t{}, index);
+      return move(uint64_t{}, index);
+    };
+    return indices_.wide ? with_width(int64_t{}) : with_width(int32_t{});
   }
 
   // Runs work(part) for each part with a trainable entry.

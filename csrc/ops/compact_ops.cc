@@ -1,9 +1,11 @@
-// CPU kernels of compact state: GatherTrainable, ReadTrainable, ScatterTrainable and RankTrainable.
+// CPU kernels of compact state: GatherTrainable, ReadTrainable, TakeTrainable, ScatterTrainable and
+// RankTrainable.
 //
 // Where a thread's part of the trainable entries begins is known from the ranks that were counted once per mask; see
 // kernels/trainable_parts.h.
 
 #include <memory>
+#include <vector>
 
 #include "kernels/kernels.h"
 #include "kernels/trainable_parts.h"
@@ -29,6 +31,11 @@ absl::Status CheckOffsets(const Tensor& offsets, int64_t kept) {
   return InvalidArgument("offsets must have shape [", rank_blocks(kept) + 1, "], one for each block of ",
                          kRankBlockBits, " of the mask's ", kept, " bits and their total. Received: offsets of shape ",
                          offsets.shape().DebugString());
+}
+
+absl::Status OffsetsError(const TrainableParts& parts) {
+  return InvalidArgument(kOffsetsMessage, " Received: ", parts.capacity(), " indices, offsets with a total of ",
+                         parts.total());
 }
 
 class CompactOp : public OpKernel {
@@ -60,15 +67,21 @@ class CompactOp : public OpKernel {
         [ctx](int64_t count, int64_t cycles, const std::function<void(int64_t, int64_t)>& work) {
           ParallelFor(ctx, count, cycles, work);
         });
-    if ((*parts)->fits()) return absl::OkStatus();
-    return InvalidArgument(kOffsetsMessage, " Received: ", indices.dim_size(0), " indices, offsets with a total of ",
-                           (*parts)->total());
+    return absl::OkStatus();
   }
 
-  void Gather(OpKernelContext* ctx, const TrainableParts& parts, const Tensor& source) const {
-    Tensor* compact = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({parts.capacity() * layout_.inner}), &compact));
-    if (compact->NumElements() > 0) parts.Gather(compact->data(), source.data(), width_);
+  void Gather(OpKernelContext* ctx, const TrainableParts& parts, const std::vector<const Tensor*>& sources) const {
+    std::vector<void*> compact;
+    std::vector<const void*> whole;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      Tensor* output = nullptr;
+      const TensorShape shape({parts.capacity() * layout_.inner});
+      OP_REQUIRES_OK(ctx, ctx->allocate_output(static_cast<int>(i), shape, &output));
+      if (output->NumElements() == 0) continue;
+      compact.push_back(output->data());
+      whole.push_back(sources[i]->data());
+    }
+    OP_REQUIRES(ctx, compact.empty() || parts.Gather(compact, whole, width_), OffsetsError(parts));
   }
 
   // The variable's lock is held.
@@ -101,7 +114,7 @@ class GatherTrainableOp : public CompactOp {
     OP_REQUIRES_OK(ctx, CheckEntries("source", ctx->input(0).shape(), layout_));
     std::unique_ptr<TrainableParts> parts;
     OP_REQUIRES_OK(ctx, MakeParts(ctx, 1, &parts));
-    Gather(ctx, *parts, ctx->input(0));
+    Gather(ctx, *parts, {&ctx->input(0)});
   }
 };
 
@@ -116,7 +129,23 @@ class ReadTrainableOp : public CompactOp {
     OP_REQUIRES_OK(ctx, MakeParts(ctx, 1, &parts));
     tensorflow::tf_shared_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
-    Gather(ctx, *parts, *variable->tensor());
+    Gather(ctx, *parts, {variable->tensor()});
+  }
+};
+
+class TakeTrainableOp : public CompactOp {
+ public:
+  using CompactOp::CompactOp;
+
+  void Compute(OpKernelContext* ctx) override {
+    tensorflow::core::RefCountPtr<Var> variable;
+    OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
+    OP_REQUIRES_OK(ctx, CheckEntries("gradient", ctx->input(1).shape(), layout_));
+    std::unique_ptr<TrainableParts> parts;
+    OP_REQUIRES_OK(ctx, MakeParts(ctx, 2, &parts));
+    tensorflow::tf_shared_lock lock(*variable->mu());
+    OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
+    Gather(ctx, *parts, {&ctx->input(1), variable->tensor()});
   }
 };
 
@@ -141,7 +170,7 @@ class ScatterTrainableOp : public CompactOp {
     Tensor* const value = variable->tensor();
     // In copy-on-read mode no read shares the buffer, otherwise one that does must not see this write.
     if (!value->RefCountIsOne()) OP_REQUIRES_OK(ctx, Unshare(ctx, value));
-    parts->Scatter(value->data(), compact.data(), width_);
+    OP_REQUIRES(ctx, parts->Scatter(value->data(), compact.data(), width_), OffsetsError(*parts));
   }
 };
 
@@ -185,6 +214,8 @@ class RankTrainableOp : public OpKernel {
                           GatherTrainableOp);                                                                       \
   REGISTER_KERNEL_BUILDER(Name("Freezeops>ReadTrainable").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"),    \
                           ReadTrainableOp);                                                                         \
+  REGISTER_KERNEL_BUILDER(Name("Freezeops>TakeTrainable").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"),    \
+                          TakeTrainableOp);                                                                         \
   REGISTER_KERNEL_BUILDER(Name("Freezeops>ScatterTrainable").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
                           ScatterTrainableOp)
 FREEZEOPS_REGISTER(Eigen::half);

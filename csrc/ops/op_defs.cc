@@ -195,6 +195,18 @@ absl::Status ReadTrainableShape(InferenceContext* c) {
   return absl::OkStatus();
 }
 
+absl::Status TakeTrainableShape(InferenceContext* c) {
+  MaskLayout layout;
+  ShapeHandle compact;
+  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
+  TF_RETURN_IF_ERROR(CheckEntries(c, "gradient", c->input(1), layout));
+  TF_RETURN_IF_ERROR(CheckTrainable(c, 2, layout, &compact));
+  c->set_output(0, compact);
+  c->set_output(1, compact);
+  return absl::OkStatus();
+}
+
 absl::Status ScatterTrainableShape(InferenceContext* c) {
   MaskLayout layout;
   ShapeHandle compact;
@@ -348,6 +360,23 @@ REGISTER_OP("Freezeops>ReadTrainable")
     .SetShapeFn(ReadTrainableShape)
     .Doc(R"doc(
 GatherTrainable from a variable.
+)doc");
+
+REGISTER_OP("Freezeops>TakeTrainable")
+    .Input("variable: resource")
+    .Input("gradient: T")
+    .Input("mask: uint8")
+    .Input("offsets: int64")
+    .Input("indices: Tindices")
+    .Output("compact_gradient: T")
+    .Output("compact_value: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("Tindices: {int32, int64}")
+    .Attr("layout: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(TakeTrainableShape)
+    .Doc(R"doc(
+GatherTrainable of a gradient and ReadTrainable of its variable at once.
 )doc");
 
 REGISTER_OP("Freezeops>ScatterTrainable")

@@ -2,9 +2,9 @@
 //
 // XLA fuses a gather into the loop that uses its result, which is then no longer vectorized, and scatters on one thread.
 //
-// Operands of freezeops_gather_trainable: source [kept, inner], mask, offsets, indices; result [capacity, inner].
-// Of freezeops_scatter_trainable: destination [kept, inner], compact [capacity, inner], mask, offsets, indices; the
-// result is the destination.
+// Operands of freezeops_gather_trainable: mask, offsets, indices, source [kept, inner]; result [capacity, inner]. Of
+// freezeops_gather_two_trainable: a second source, and a second result. Of freezeops_scatter_trainable: destination
+// [kept, inner], mask, offsets, indices, compact [capacity, inner]; the result is the destination.
 
 #include "ops/xla_cpu_calls.h"
 
@@ -66,8 +66,8 @@ void ParallelFor(ffi::ThreadPool pool, int64_t count, int64_t cycles_per_unit,
   shared->all_done.wait(lock, [&] { return shared->done == parts; });
 }
 
-ffi::Error Fits(const TrainableParts& parts) {
-  return parts.fits() ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kInvalidArgument, kOffsetsMessage);
+ffi::Error Checked(bool fits) {
+  return fits ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kInvalidArgument, kOffsetsMessage);
 }
 
 // `whole` is [kept, inner] or [kept]; so is `compact`, with the capacity.
@@ -83,46 +83,48 @@ TrainableParts PartsOf(ffi::ThreadPool pool, ffi::AnyBuffer whole, ffi::AnyBuffe
                         });
 }
 
-ffi::Error Gather(ffi::ThreadPool pool, ffi::AnyBuffer source, ffi::AnyBuffer mask, ffi::AnyBuffer offsets,
-                  ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> compact) {
+int64_t WidthOf(ffi::AnyBuffer buffer) { return buffer.size_bytes() / buffer.element_count(); }
+
+ffi::Error Gather(ffi::ThreadPool pool, ffi::AnyBuffer mask, ffi::AnyBuffer offsets, ffi::AnyBuffer indices,
+                  ffi::AnyBuffer source, ffi::Result<ffi::AnyBuffer> compact) {
   const TrainableParts parts = PartsOf(pool, source, mask, offsets, indices);
-  if (parts.fits()) {
-    parts.Gather(compact->untyped_data(), source.untyped_data(), compact->size_bytes() / compact->element_count());
-  }
-  return Fits(parts);
+  return Checked(parts.Gather({compact->untyped_data()}, {source.untyped_data()}, WidthOf(source)));
 }
 
-ffi::Error Scatter(ffi::ThreadPool pool, ffi::AnyBuffer destination, ffi::AnyBuffer compact, ffi::AnyBuffer mask,
-                   ffi::AnyBuffer offsets, ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> result) {
+ffi::Error GatherTwo(ffi::ThreadPool pool, ffi::AnyBuffer mask, ffi::AnyBuffer offsets, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer first, ffi::AnyBuffer second, ffi::Result<ffi::AnyBuffer> of_first,
+                     ffi::Result<ffi::AnyBuffer> of_second) {
+  const TrainableParts parts = PartsOf(pool, first, mask, offsets, indices);
+  return Checked(parts.Gather({of_first->untyped_data(), of_second->untyped_data()},
+                              {first.untyped_data(), second.untyped_data()}, WidthOf(first)));
+}
+
+ffi::Error Scatter(ffi::ThreadPool pool, ffi::AnyBuffer destination, ffi::AnyBuffer mask, ffi::AnyBuffer offsets,
+                   ffi::AnyBuffer indices, ffi::AnyBuffer compact, ffi::Result<ffi::AnyBuffer> result) {
   if (result->untyped_data() != destination.untyped_data()) {
     return ffi::Error(ffi::ErrorCode::kInternal, "the result of freezeops_scatter_trainable must be its operand");
   }
   const TrainableParts parts = PartsOf(pool, destination, mask, offsets, indices);
-  if (parts.fits()) {
-    parts.Scatter(result->untyped_data(), compact.untyped_data(), compact.size_bytes() / compact.element_count());
-  }
-  return Fits(parts);
+  return Checked(parts.Scatter(result->untyped_data(), compact.untyped_data(), WidthOf(compact)));
 }
 
-XLA_FFI_DEFINE_HANDLER(kGather, Gather,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>());
+auto Bind() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>();
+}
+
+XLA_FFI_DEFINE_HANDLER(kGather, Gather, Bind().Ret<ffi::AnyBuffer>());
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGatherCall, "Host", kGather);
 
-XLA_FFI_DEFINE_HANDLER(kScatter, Scatter,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kGatherTwo, GatherTwo,
+                       Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGatherTwoCall, "Host", kGatherTwo);
+
+XLA_FFI_DEFINE_HANDLER(kScatter, Scatter, Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kScatterCall, "Host", kScatter);
 
 }  // namespace

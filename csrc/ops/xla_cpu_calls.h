@@ -6,6 +6,7 @@
 namespace freezeops {
 
 inline constexpr char kGatherCall[] = "freezeops_gather_trainable";
+inline constexpr char kGatherTwoCall[] = "freezeops_gather_two_trainable";
 inline constexpr char kScatterCall[] = "freezeops_scatter_trainable";
 
 }  // namespace freezeops

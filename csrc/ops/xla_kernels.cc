@@ -347,22 +347,38 @@ class CompactXlaOp : public XlaOpKernel {
     return dims;
   }
 
-  absl::Status Gather(XlaOpKernelContext* ctx, XlaOp source) {
-    const XlaOp indices = ctx->Input(3);
+  // Sets one output for each source. Inputs `first` and on are as for CheckTrainable, which was called.
+  absl::Status Gather(XlaOpKernelContext* ctx, const std::vector<XlaOp>& sources, int first) {
     xla::PrimitiveType type;
     TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype_, &type));
-    if (capacity_ * layout_.inner == 0 || layout_.kept == 0) {
-      ctx->SetOutput(0, xla::Broadcast(xla::Zero(ctx->builder(), type), {capacity_ * layout_.inner}));
-      return absl::OkStatus();
+    const bool empty = capacity_ * layout_.inner == 0 || layout_.kept == 0;
+    std::vector<XlaOp> compact;
+    if (native_ && !empty) {
+      const xla::Shape shape = xla::ShapeUtil::MakeShape(type, Dims(capacity_));
+      std::vector<XlaOp> operands = {ctx->Input(first), ctx->Input(first + 1), ctx->Input(first + 2)};
+      for (const XlaOp& source : sources) operands.push_back(xla::Reshape(source, Dims(layout_.kept)));
+      const bool both = sources.size() == 2;
+      const XlaOp gathered =
+          xla::CustomCall(ctx->builder(), both ? kGatherTwoCall : kGatherCall, operands,
+                          both ? xla::ShapeUtil::MakeTupleShape({shape, shape}) : shape, "",
+                          /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+                          xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+      for (size_t i = 0; i < sources.size(); ++i) {
+        compact.push_back(both ? xla::GetTupleElement(gathered, static_cast<int64_t>(i)) : gathered);
+      }
     }
-    if (native_) {
-      const XlaOp gathered = xla::CustomCall(
-          ctx->builder(), kGatherCall, {xla::Reshape(source, Dims(layout_.kept)), ctx->Input(1), ctx->Input(2), indices},
-          xla::ShapeUtil::MakeShape(type, Dims(capacity_)), "", /*has_side_effect=*/false, {}, nullptr,
-          xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-      ctx->SetOutput(0, xla::Reshape(gathered, {capacity_ * layout_.inner}));
-      return absl::OkStatus();
+    for (size_t i = 0; i < sources.size(); ++i) {
+      if (empty) {
+        compact.push_back(xla::Broadcast(xla::Zero(ctx->builder(), type), {capacity_ * layout_.inner}));
+      } else if (!native_) {
+        compact.push_back(GatherOne(ctx, sources[i], ctx->Input(first + 2), type));
+      }
+      ctx->SetOutput(static_cast<int>(i), xla::Reshape(compact[i], {capacity_ * layout_.inner}));
     }
+    return absl::OkStatus();
+  }
+
+  XlaOp GatherOne(XlaOpKernelContext* ctx, XlaOp source, XlaOp indices, xla::PrimitiveType type) const {
     const xla::PrimitiveType integers = IntegersFor(dtype_);
     xla::GatherDimensionNumbers numbers;
     numbers.add_collapsed_slice_dims(0);
@@ -377,9 +393,7 @@ class CompactXlaOp : public XlaOpKernel {
     const XlaOp gathered = xla::Gather(values, indices, numbers, slice, /*indices_are_sorted=*/true);
     const XlaOp valid = xla::ConvertElementType(xla::Lt(indices, xla::ScalarLike(indices, layout_.kept)), integers);
     const XlaOp all = xla::BroadcastInDim(xla::Sub(xla::Zero(ctx->builder(), integers), valid), Dims(capacity_), {0});
-    const XlaOp compact = xla::BitcastConvertType(xla::And(all, gathered), type);
-    ctx->SetOutput(0, xla::Reshape(compact, {capacity_ * layout_.inner}));
-    return absl::OkStatus();
+    return xla::BitcastConvertType(xla::And(all, gathered), type);
   }
 
   MaskLayout layout_;
@@ -397,7 +411,7 @@ class GatherTrainableXlaOp : public CompactXlaOp {
     OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &shape));
     OP_REQUIRES_OK(ctx, CheckEntries("source", shape, layout_));
     OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
-    OP_REQUIRES_OK(ctx, Gather(ctx, ctx->Input(0)));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {ctx->Input(0)}, 1));
   }
 };
 
@@ -411,7 +425,23 @@ class ReadTrainableXlaOp : public CompactXlaOp {
     OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
     OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
     OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
-    OP_REQUIRES_OK(ctx, Gather(ctx, value));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {value}, 1));
+  }
+};
+
+class TakeTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape, gradient_shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 2));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &gradient_shape));
+    OP_REQUIRES_OK(ctx, CheckEntries("gradient", gradient_shape, layout_));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {ctx->Input(1), value}, 2));
   }
 };
 
@@ -438,8 +468,8 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
           {whole, {0, whole}}};
       const XlaOp written = xla::CustomCall(
           ctx->builder(), kScatterCall,
-          {xla::Reshape(value, Dims(layout_.kept)), xla::Reshape(ctx->Input(1), Dims(capacity_)), ctx->Input(2),
-           ctx->Input(3), ctx->Input(4)},
+          {xla::Reshape(value, Dims(layout_.kept)), ctx->Input(2), ctx->Input(3), ctx->Input(4),
+           xla::Reshape(ctx->Input(1), Dims(capacity_))},
           xla::ShapeUtil::MakeShape(type, Dims(layout_.kept)), "", /*has_side_effect=*/false, in_place, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
           xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
       OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
@@ -511,6 +541,7 @@ FREEZEOPS_REGISTER("Freezeops>RestoreFrozen", RestoreFrozenXlaOp);
 FREEZEOPS_REGISTER("Freezeops>SeedSlots", SeedSlotsXlaOp);
 FREEZEOPS_REGISTER("Freezeops>GatherTrainable", GatherTrainableXlaOp);
 FREEZEOPS_REGISTER("Freezeops>ReadTrainable", ReadTrainableXlaOp);
+FREEZEOPS_REGISTER("Freezeops>TakeTrainable", TakeTrainableXlaOp);
 FREEZEOPS_REGISTER("Freezeops>ScatterTrainable", ScatterTrainableXlaOp);
 FREEZEOPS_REGISTER("Freezeops>RankTrainable", RankTrainableXlaOp);
 #undef FREEZEOPS_REGISTER
