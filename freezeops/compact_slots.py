@@ -133,6 +133,8 @@ class CompactSlots(VariableSlots):
         states: All that the optimizer keeps for its entries.
     """
 
+    materialized = True
+
     def __init__(
         self,
         variable: keras.Variable,

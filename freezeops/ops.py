@@ -249,8 +249,13 @@ def seed_slots(
     scales: Sequence[tf.Tensor],
     slots: Sequence[tf.Variable],
     powers: Sequence[int],
+    materialized: bool = False,
 ) -> None:
-    """Starts the slots of entries that were unfrozen late; see `reference.seed_slots`."""
+    """Starts the slots of entries that were unfrozen late; see `reference.seed_slots`.
+
+    `materialized`: whether the gradient is in memory anyway, so that XLA does better to call a
+    kernel than to fuse.
+    """
     library = _library()
     if library is None:
         reference.seed_slots(unseeded, gradient, scales, slots, powers)
@@ -265,6 +270,7 @@ def seed_slots(
         powers=list(powers),
         size=slots[0].shape.num_elements(),
         sparse=sparse,
+        materialized=materialized,
     )
 
 

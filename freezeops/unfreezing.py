@@ -49,7 +49,13 @@ class VariableSlots:
         optimizer: The optimizer that owns the slots, built.
         slots: The variable's slots of known role.
         policy: One of `POLICIES`.
+
+    Attributes:
+        materialized: Whether gradients are in memory before the optimizer's loops.
+        unseeded: The bits; `None` where nothing is seeded.
     """
+
+    materialized = False
 
     def __init__(
         self,
@@ -142,6 +148,7 @@ class VariableSlots:
             scales,
             [beside(state) for _, state in self._seeded],
             [2 if slot.role == "second_moment" else 1 for slot, _ in self._seeded],
+            self.materialized,
         )
 
 

@@ -308,6 +308,7 @@ REGISTER_OP("Freezeops>SeedSlots")
     .Attr("powers: list(int)")
     .Attr("size: int")
     .Attr("sparse: bool")
+    .Attr("materialized: bool = false")
     .SetIsStateful()
     .SetShapeFn(SeedSlotsShape)
     .Doc(R"doc(
@@ -324,6 +325,7 @@ scales: One for each slot.
 slots: Variables of `size` entries.
 powers: 1 or 2 for each slot.
 size: The number of entries.
+materialized: Whether the gradient is in memory anyway, so that XLA does better to call a kernel than to fuse.
 )doc");
 
 REGISTER_OP("Freezeops>GatherTrainable")

@@ -1,10 +1,13 @@
-// What XLA calls on the CPU for compact state: the native kernels, where they beat the HLO of xla_kernels.cc.
+// What XLA calls on the CPU: the native kernels, where they beat the HLO of xla_kernels.cc.
 //
 // XLA fuses a gather into the loop that uses its result, which is then no longer vectorized, and scatters on one thread.
+// Seeding as part of the optimizer's loops slows them down; called, it ends where it sees that nothing waits.
 //
 // Operands of freezeops_gather_trainable: mask, offsets, indices, source [kept, inner]; result [capacity, inner]. Of
 // freezeops_gather_two_trainable: a second source, and a second result. Of freezeops_scatter_trainable: destination
-// [kept, inner], mask, offsets, indices, compact [capacity, inner]; the result is the destination.
+// [kept, inner], mask, offsets, indices, compact [capacity, inner]; the result is the destination. Of
+// freezeops_seed_slots: unseeded, gradient, scales, powers, slots...; the results are unseeded and the slots. Of
+// freezeops_seed_slots: unseeded, gradient, scales, powers, slots...; the results are unseeded and the slots.
 
 #include "ops/xla_cpu_calls.h"
 
@@ -15,8 +18,10 @@
 #include <memory>
 #include <mutex>
 
+#include "kernels/seed_slots.h"
 #include "kernels/trainable_parts.h"
 #include "ops/layout_attr.h"
+#include "tensorflow/core/framework/numeric_types.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla {
@@ -108,6 +113,51 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::AnyBuffer destination, ffi::AnyBuf
   return Checked(parts.Scatter(result->untyped_data(), compact.untyped_data(), WidthOf(compact)));
 }
 
+template <typename T, typename Acc>
+void Seed(ffi::ThreadPool pool, ffi::AnyBuffer unseeded, ffi::AnyBuffer gradient, ffi::AnyBuffer scales,
+          ffi::AnyBuffer powers, const std::vector<void*>& slots) {
+  std::vector<SlotSeed<T, Acc>> seeds;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    seeds.push_back({static_cast<T*>(slots[i]), static_cast<Acc>(static_cast<double*>(scales.untyped_data())[i]),
+                     static_cast<int>(static_cast<int64_t*>(powers.untyped_data())[i])});
+  }
+  const int64_t size = gradient.element_count();
+  ParallelFor(pool, unseeded.element_count(), 16, [&](int64_t first, int64_t last) {
+    SeedRange(static_cast<uint8_t*>(unseeded.untyped_data()), seeds.data(), static_cast<int>(seeds.size()),
+              static_cast<const T*>(gradient.untyped_data()), first * 8, std::min(last * 8, size));
+  });
+}
+
+ffi::Error SeedSlots(ffi::ThreadPool pool, ffi::AnyBuffer unseeded, ffi::AnyBuffer gradient, ffi::AnyBuffer scales,
+                     ffi::AnyBuffer powers, ffi::RemainingArgs slots, ffi::RemainingRets results) {
+  std::vector<void*> data;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const auto slot = slots.get<ffi::AnyBuffer>(i);
+    auto result = results.get<ffi::AnyBuffer>(i + 1);
+    if (slot.has_error() || result.has_error() || slot->untyped_data() != (*result)->untyped_data()) {
+      return ffi::Error(ffi::ErrorCode::kInternal, "the results of freezeops_seed_slots must be its operands");
+    }
+    data.push_back(slot->untyped_data());
+  }
+  // As in every step but those after an unfreezing: no bit is set.
+  const uint8_t* const bits = static_cast<const uint8_t*>(unseeded.untyped_data());
+  if (cpu_kernels().count_ones(bits, 0, unseeded.element_count() * 8) == 0) return ffi::Error::Success();
+  switch (gradient.element_type()) {
+    case ffi::DataType::F16:
+      Seed<Eigen::half, float>(pool, unseeded, gradient, scales, powers, data);
+      break;
+    case ffi::DataType::BF16:
+      Seed<Eigen::bfloat16, float>(pool, unseeded, gradient, scales, powers, data);
+      break;
+    case ffi::DataType::F32:
+      Seed<float, float>(pool, unseeded, gradient, scales, powers, data);
+      break;
+    default:
+      Seed<double, double>(pool, unseeded, gradient, scales, powers, data);
+  }
+  return ffi::Error::Success();
+}
+
 auto Bind() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -126,6 +176,9 @@ XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGatherTwoCall, "Host", kGatherTwo
 
 XLA_FFI_DEFINE_HANDLER(kScatter, Scatter, Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kScatterCall, "Host", kScatter);
+
+XLA_FFI_DEFINE_HANDLER(kSeed, SeedSlots, Bind().RemainingArgs().RemainingRets());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kSeedCall, "Host", kSeed);
 
 }  // namespace
 }  // namespace freezeops

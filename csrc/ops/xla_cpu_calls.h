@@ -8,6 +8,7 @@ namespace freezeops {
 inline constexpr char kGatherCall[] = "freezeops_gather_trainable";
 inline constexpr char kGatherTwoCall[] = "freezeops_gather_two_trainable";
 inline constexpr char kScatterCall[] = "freezeops_scatter_trainable";
+inline constexpr char kSeedCall[] = "freezeops_seed_slots";
 
 }  // namespace freezeops
 

@@ -1,4 +1,5 @@
-// XLA kernels of all ops: plain HLO, which XLA fuses into whatever makes or takes the values.
+// XLA kernels of all ops: plain HLO, which XLA fuses into whatever makes or takes the values, and calls of native kernels
+// where these are faster (xla_cpu_calls.cc).
 //
 // Registered for the JIT devices directly: the registration macro of XLA's own kernels takes effect only if the library
 // is loaded before XLA is used for the first time.
@@ -231,7 +232,8 @@ class RestoreFrozenXlaOp : public XlaOpKernel {
   DataType dtype_;
 };
 
-// Never clears a bit: slots that are not zero count as seeded.
+// HLO, fused into the optimizer's loops, which never clears a bit: slots that are not zero count as seeded. On the CPU,
+// where the gradient has been written to memory before, a call of the native kernel.
 class SeedSlotsXlaOp : public XlaOpKernel {
  public:
   explicit SeedSlotsXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
@@ -239,6 +241,9 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("size", &size_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("sparse", &sparse_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
+    bool materialized = false;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("materialized", &materialized));
+    native_ = materialized && !sparse_ && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
@@ -261,6 +266,11 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     for (int i = 0; i < count; ++i) {
       OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(4 + i, dtype_, &shape, &slots[i]));
       OP_REQUIRES_OK(ctx, CheckEntries("slots", shape, layout));
+    }
+    if (native_) {
+      OP_REQUIRES_OK(ctx, CheckEntries("values", values_shape, layout));
+      OP_REQUIRES_OK(ctx, Call(ctx, bits, slots, shape));
+      return;
     }
     XlaOp gradient = xla::ConvertElementType(ctx->Input(1), wide);
     XlaOp square = xla::Mul(gradient, gradient);
@@ -290,6 +300,32 @@ class SeedSlotsXlaOp : public XlaOpKernel {
   }
 
  private:
+  absl::Status Call(XlaOpKernelContext* ctx, XlaOp bits, const std::vector<XlaOp>& slots, const TensorShape& shape) {
+    xla::PrimitiveType type;
+    TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    const XlaOp gradient = xla::Reshape(ctx->Input(1), shape.dim_sizes());
+    std::vector<XlaOp> operands = {bits, gradient, ctx->Input(3), xla::ConstantR1<int64_t>(ctx->builder(), powers_)};
+    std::vector<xla::Shape> results = {xla::ShapeUtil::MakeShape(xla::U8, {mask_bytes(size_)})};
+    const xla::ShapeIndex whole({});
+    std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place = {
+        {xla::ShapeIndex({0}), {0, whole}}};
+    for (size_t i = 0; i < slots.size(); ++i) {
+      in_place.push_back({xla::ShapeIndex({static_cast<int64_t>(i) + 1}), {static_cast<int64_t>(operands.size()), whole}});
+      operands.push_back(slots[i]);
+      results.push_back(xla::ShapeUtil::MakeShape(type, shape.dim_sizes()));
+    }
+    const XlaOp seeded = xla::CustomCall(ctx->builder(), kSeedCall, operands, xla::ShapeUtil::MakeTupleShape(results),
+                                         "", /*has_side_effect=*/false, in_place, nullptr,
+                                         xla::CustomCallSchedule::SCHEDULE_NONE,
+                                         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    TF_RETURN_IF_ERROR(ctx->AssignVariable(0, tensorflow::DT_UINT8, xla::GetTupleElement(seeded, 0)));
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const XlaOp slot = xla::GetTupleElement(seeded, static_cast<int64_t>(i) + 1);
+      TF_RETURN_IF_ERROR(ctx->AssignVariable(static_cast<int>(4 + i), dtype_, slot));
+    }
+    return absl::OkStatus();
+  }
+
   // The dense sum of rows, flattened to [rows, width].
   static XlaOp Densify(XlaOp values, XlaOp indices, const TensorShape& values_shape, const TensorShape& shape) {
     xla::XlaBuilder* builder = values.builder();
@@ -312,6 +348,7 @@ class SeedSlotsXlaOp : public XlaOpKernel {
   DataType dtype_;
   int64_t size_ = 0;
   bool sparse_ = false;
+  bool native_ = false;
   std::vector<int64_t> powers_;
 };
 
