@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_sparse.py
+	$(PY) benchmarks/bench_compact.py --plot docs/images
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -54,7 +54,8 @@ INSTANCES = 3
 """How often each step is made, where memory allows; see `_common.interleaved`."""
 LARGE = _common.size_of("64M")
 
-CURVE_SIZES = tuple(2**power * 2**20 for power in (0, 1, 2, 3, 4, 5, 6, 7, 8))
+CURVE_POINTS = 9
+"""Sizes, each twice the one before, the last twice the large one."""
 CURVE_DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
 CURVE_DENSITY = 0.1
 MEGABYTE = 2**20
@@ -113,39 +114,38 @@ def state_bytes(optimizer: str, mask: np.ndarray, size: int) -> dict[str, int]:
     return bytes_of | part.bytes_beside_slots | {"unseeded bits": sum(math.prod(v.shape) for v in unseeded)}
 
 
-def measure(optimizer: str, jit: bool, size: int, cases: Sequence[tuple[float, bool]], repeats: int) -> list[dict]:
-    """Times one optimizer in all cases."""
+def measure_here(optimizer: str, jit: bool, size: int, density: float, rows: bool, repeats: int) -> dict[str, Any]:
+    """Times one case in this process."""
     shape = shape_of(size)
     instances = 1 if size > LARGE else INSTANCES
     gradient = tf.fill(shape, 0.01)
+    mask = make_mask(shape, density, rows)
     bare = [make_step(OPTIMIZERS[optimizer](), gradient, jit) for _ in range(instances)]
-    results = []
-    for density, rows in cases:
-        gc.collect()
-        mask = make_mask(shape, density, rows)
-        compact = [make_compact(optimizer, mask, gradient, jit) for _ in range(instances)]
-        rounds = _common.interleaved({"bare": bare, "compact": compact}, repeats)
-        state = state_bytes(optimizer, mask, size)
-        exact = np.count_nonzero(mask) / mask.size
-        full = SLOTS * 4 * size
-        results.append(
-            {
-                "optimizer": optimizer,
-                "jit": jit,
-                "size": size,
-                "density": density,
-                "rows": rows,
-                "disturbed": rounds.disturbed,
-                "times": rounds.times(),
-                "ratio": rounds.ratio("compact", "bare"),
-                "target": TARGETS.get((jit, density, rows)),
-                "state_bytes": state,
-                "slot_ratio": state["slots"] / (exact * full),
-                "state_ratio": sum(state.values()) / full,
-                "state_target": STATE_TARGET.get(density),
-            }
-        )
-    return results
+    compact = [make_compact(optimizer, mask, gradient, jit) for _ in range(instances)]
+    rounds = _common.interleaved({"bare": bare, "compact": compact}, repeats)
+    state = state_bytes(optimizer, mask, size)
+    exact = np.count_nonzero(mask) / mask.size
+    full = SLOTS * 4 * size
+    return {
+        "optimizer": optimizer,
+        "jit": jit,
+        "size": size,
+        "density": density,
+        "rows": rows,
+        "disturbed": rounds.disturbed,
+        "times": rounds.times(),
+        "ratio": rounds.ratio("compact", "bare"),
+        "target": TARGETS.get((jit, density, rows)),
+        "state_bytes": state,
+        "slot_ratio": state["slots"] / (exact * full),
+        "state_ratio": sum(state.values()) / full,
+        "state_target": STATE_TARGET.get(density),
+    }
+
+
+def elsewhere(option: str, *task: Any) -> Any:
+    """What this script prints for a task, in a process of its own: what one leaves in memory is no other's."""
+    return json.loads(_common.in_fresh_process(__file__, option, json.dumps(task)))
 
 
 def peak_here(optimizer: str, jit: bool, size: int, density: float | None, rows: bool) -> float:
@@ -167,33 +167,25 @@ def peak_here(optimizer: str, jit: bool, size: int, density: float | None, rows:
 def add_memory(results: list[dict[str, Any]]) -> None:
     """Adds peak memory to results."""
     bare: dict[tuple, float] = {}
-
-    def elsewhere(*task: Any) -> float:
-        return float(_common.in_fresh_process(__file__, "--memory-of", json.dumps(task)))
-
     for result in results:
         kind = result["optimizer"], result["jit"], result["size"]
         if kind not in bare:
-            bare[kind] = elsewhere(*kind, None, False)
+            bare[kind] = elsewhere("--memory-of", *kind, None, False)
         result["peak_bytes"] = {
             "bare": bare[kind],
-            "compact": elsewhere(*kind, result["density"], result["rows"]),
+            "compact": elsewhere("--memory-of", *kind, result["density"], result["rows"]),
         }
 
 
-def curve(points: Sequence[tuple[int, float]], jit: bool, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of a step with Adam at sizes and densities."""
-    results = []
-    for size, density in points:
-        gc.collect()
-        shape = shape_of(size)
-        gradient = tf.fill(shape, 0.01)
-        mask = make_mask(shape, density, False)
-        instances = [make_compact("Adam", mask, gradient, jit) for _ in range(1 if size > LARGE else INSTANCES)]
-        rounds = _common.interleaved({"compact": instances}, repeats)
-        time = rounds.times()["compact"]["median_ms"]
-        results.append({"size": size, "density": density, "median_ms": time, "disturbed": rounds.disturbed})
-    return results
+def point_here(jit: bool, size: int, density: float, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a step with Adam, in this process."""
+    shape = shape_of(size)
+    gradient = tf.fill(shape, 0.01)
+    mask = make_mask(shape, density, False)
+    instances = [make_compact("Adam", mask, gradient, jit) for _ in range(1 if size > LARGE else INSTANCES)]
+    rounds = _common.interleaved({"compact": instances}, repeats)
+    time = rounds.times()["compact"]["median_ms"]
+    return {"size": size, "density": density, "median_ms": time, "disturbed": rounds.disturbed}
 
 
 def straightness(points: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -251,9 +243,9 @@ def measure_curves(sizes: Sequence[int], size: int, repeats: int) -> dict[str, A
     """Both curves, with and without XLA."""
     curves: dict[str, Any] = {"size": {}, "density": {}, "line": {}, "size_of_densities": size}
     for name, jit in (("off", False), ("on", True)):
-        curves["size"][name] = curve([(each, CURVE_DENSITY) for each in sizes], jit, repeats)
+        curves["size"][name] = [elsewhere("--point-of", jit, each, CURVE_DENSITY, repeats) for each in sizes]
         curves["line"][name] = straightness(curves["size"][name])
-        curves["density"][name] = curve([(size, density) for density in CURVE_DENSITIES], jit, repeats)
+        curves["density"][name] = [elsewhere("--point-of", jit, size, each, repeats) for each in CURVE_DENSITIES]
     return curves
 
 
@@ -283,19 +275,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--jit", choices=["on", "off", "both"], default="both")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--plot", type=Path, help="folder for the plots, which take some minutes more")
-    # For the processes that measure peak memory.
-    parser.add_argument("--memory-of", type=json.loads, help=_common.argparse.SUPPRESS)
+    # For the processes that `elsewhere` starts.
+    tasks = {"measure_of": measure_here, "memory_of": peak_here, "point_of": point_here}
+    for name in tasks:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=json.loads, help=_common.argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.memory_of:
-        print(peak_here(*options.memory_of))
-        return None
+    for name, task in tasks.items():
+        if given := getattr(options, name):
+            print(json.dumps(task(*given)))
+            return None
     repeats = _common.repeats_of(options)
     results = [
-        result
+        elsewhere("--measure-of", optimizer, jit, size, *case, repeats if size <= LARGE else max(repeats // 4, 3))
         for size in dict.fromkeys((options.size, options.large))
         for optimizer in options.optimizer
         for jit in {"on": [True], "off": [False], "both": [False, True]}[options.jit]
-        for result in measure(optimizer, jit, size, CASES, repeats if size <= LARGE else max(repeats // 4, 3))
+        for case in CASES
     ]
     columns = ["optimizer", "size", "jit", "density", "bare ms", "compact ms", "ratio", "target"]
     columns += ["slots", "all state", "target"]
@@ -314,7 +309,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
         notes.append("MB: peak resident set of a fresh process during steps, TensorFlow itself included.")
     data: dict[str, Any] = {"benchmark": "compact", "results": results}
     if options.plot is not None:
-        sizes = [size for size in CURVE_SIZES if size <= 2 * options.large]
+        sizes = [max(2 * options.large >> halvings, 1) for halvings in reversed(range(CURVE_POINTS))]
         curves = measure_curves(sizes, options.size, max(repeats // 2, 3))
         plot(curves, options.plot)
         data["curves"] = curves

@@ -64,6 +64,35 @@ def test_bench_sparse(tmp_path):
     assert "4096 named rows" in text
 
 
+def test_bench_compact(tmp_path):
+    data, text = run(
+        "bench_compact.py", "--size", "8K", "--large", "16K", "--quick", "--repeats", "8", "--optimizer", "Adam",
+        "--no-memory", "--plot", str(tmp_path / "plots"), path=tmp_path / "compact.json",
+    )  # fmt: skip
+    check_facts(data)
+    cases = [(0.01, False), (0.01, True), (0.1, False), (0.5, False)]
+    assert [(r["size"], r["jit"], r["density"], r["rows"]) for r in data["results"]] == [
+        (size, jit, *case) for size in (8192, 16384) for jit in (False, True) for case in cases
+    ]
+    for result in data["results"]:
+        assert result["ratio"] > 0
+        assert 0.99 <= result["slot_ratio"] <= 1.02
+        assert set(result["state_bytes"]) == {
+            "slots", "compact values", "mask bits", "rank offsets", "indices", "unseeded bits",
+        }  # fmt: skip
+    assert set(data["curves"]["line"]) == {"off", "on"}
+    for name in ("size", "density"):
+        assert (tmp_path / "plots" / f"compact_{name}.png").stat().st_size > 10_000
+    assert "Time against size" in text
+
+
+def test_bench_compact_measures_peak_memory():
+    command = [sys.executable, str(FOLDER / "bench_compact.py"), "--memory-of", '["Adam", false, 65536, 0.1, false]']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 2**20
+
+
 @pytest.mark.parametrize("size", ["0", "16X"])
 def test_a_bad_size_is_refused(size):
     command = [sys.executable, str(FOLDER / "bench_ops.py"), "--size", size]

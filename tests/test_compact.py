@@ -69,10 +69,12 @@ class Model:
 
     def step(self, times=1):
         for _ in range(times):
-            gradients = {
-                name: tf.constant((self.rng.normal(size=v.shape) + 0.5).astype(self.dtype))
-                for name, v in self.variables.items()
-            }
+            gradients = {}
+            for name, variable in self.variables.items():
+                gradient = (self.rng.normal(size=variable.shape) + 0.5).astype(self.dtype)
+                frozen = self.frozen(name)
+                gradient[frozen] = np.resize([np.nan, np.inf, -np.inf], frozen.sum())
+                gradients[name] = tf.constant(gradient)
             # Repeated rows, of which Keras squares each by itself.
             rows = tf.constant(self.rng.integers(0, 20, 15))
             gradients["table"] = (rows, tf.constant(self.rng.normal(size=(15, 3)).astype(self.dtype)))
