@@ -4,6 +4,7 @@ Frozen entries are never written, so they keep their bits whatever it does.
 """
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops, partition, reference, transforms
-from freezeops.keras_internals import Variable, components, tf_variable, variable_path
+from freezeops.keras_internals import Variable, components, numpy_of, tf_variable, variable_path
 from freezeops.layout import Layout, elementwise
 from freezeops.mask import Mask
 from freezeops.partition import MaskedPartition, Plan, fit
@@ -26,12 +27,12 @@ def check_capacity(capacity: Any) -> None:
     """Raises unless this is what `MaskedOptimizer` takes for `capacity`."""
     values = capacity.values() if isinstance(capacity, Mapping) else [] if capacity is None else [capacity]
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(
                 "`capacity` must be a number of entries (int) or a share of them (float), or map path patterns to "
                 f"those. Received: capacity={capacity!r}"
             )
-        if value < 0 or (isinstance(value, float) and value > 1):
+        if not value >= 0 or (not isinstance(value, numbers.Integral) and value > 1):
             raise ValueError(
                 "`capacity` must be an int that is not negative, or a float from 0.0 to 1.0. Received: "
                 f"capacity={capacity!r}"
@@ -45,7 +46,7 @@ def capacity_in_bits(capacity: Capacity, layout: Layout) -> int:
         capacity: As the user gave it.
         layout: The mask's, `(1, kept, inner)`.
     """
-    entries = math.ceil(capacity * layout.size) if isinstance(capacity, float) else capacity
+    entries = int(capacity) if isinstance(capacity, numbers.Integral) else math.ceil(capacity * layout.size)
     return min(-(-entries // max(layout.inner, 1)), layout.kept)
 
 
@@ -92,9 +93,12 @@ def choose(
     plan = partition.choose(variable, mask, permanent, maskable, saved)
     if plan.way != "full" or (saved is not None and saved["way"] == "full"):
         return plan
-    saved_capacity = saved["capacity"] if saved is not None and saved["way"] == "compact" else None
+    saved_layout: Layout | None = None
+    saved_capacity = 0
+    if saved is not None and saved["way"] == "compact":
+        saved_layout, saved_capacity = Layout(*saved["layout"]), saved["capacity"]
     assert plan.mask is not None and plan.layout is not None
-    wanted = named or saved_capacity is not None
+    wanted = named or saved_layout is not None
     reason = ""
     if getattr(variable, "constraint", None) is not None:
         reason = f"a constraint, {type(variable.constraint).__name__}, looks at the whole variable"
@@ -106,11 +110,9 @@ def choose(
         return replace(plan, reason=reason)
     shape = tuple(variable.shape)
     layout = plan.layout if plan.layout.outer == 1 and plan.layout.kept > 1 else elementwise(shape)
-    if saved_capacity is not None and mask is None:
-        assert saved is not None
-        layout = Layout(*saved["layout"])
-        empty = Mask.frozen(shape).with_layout(layout)
-        return Plan("compact", layout, empty, capacity=saved_capacity, pending=saved_capacity > 0)
+    if saved_layout is not None and mask is None:
+        empty = Mask.frozen(shape).with_layout(saved_layout)
+        return Plan("compact", saved_layout, empty, capacity=saved_capacity, pending=saved_capacity > 0)
     mask = fit(plan.mask, layout, variable)
     count = mask.count() // max(layout.inner, 1)
     room = count if capacity is None else capacity_in_bits(capacity, layout)
@@ -118,7 +120,9 @@ def choose(
         room = count
     if count > room:
         raise ValueError(beyond_capacity_message(variable_path(variable), mask.count(), room * layout.inner))
-    return Plan("compact", layout, mask, capacity=max(room, saved_capacity or 0))
+    if saved_layout is not None:
+        room = max(room, capacity_in_bits(saved_capacity * saved_layout.inner, layout))
+    return Plan("compact", layout, mask, capacity=room)
 
 
 def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int, ...]:
@@ -128,6 +132,10 @@ def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int,
         return (capacity,)
     row = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) == layout.inner)
     return (capacity, *shape[row:])
+
+
+PENDING = -1
+"""An index that stands for a mask which is still to come."""
 
 
 def pending_message(path: str) -> str:
@@ -208,19 +216,18 @@ class CompactPartition(MaskedPartition):
         variable: The model's variable.
         index: Which of its entries are trainable.
         inner: What the inner optimizer owns, of the shape that `inner_shape` gives.
+        pending: Whether the mask is still to come: its indices are `PENDING` until then.
     """
 
     way = "compact"
-    take_remembers = True
 
-    def __init__(self, variable: Variable, index: TrainableIndex, inner: keras.Variable):
+    def __init__(self, variable: Variable, index: TrainableIndex, inner: keras.Variable, pending: bool = False):
         super().__init__(variable)
         self.layout = index.layout
         self.bits = index.bits
         self.index = index
         self._inner = inner
-        # The mask comes from a file that is to be loaded.
-        self.pending = False
+        self._pending = pending
 
     @property
     def capacity(self) -> int:
@@ -232,51 +239,61 @@ class CompactPartition(MaskedPartition):
         return self._inner
 
     def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
-        gradient = self._checked(gradient)
-        self._check_not_pending()
-        if isinstance(gradient, tf.IndexedSlices):
-            self.remember()
-            return self._take_slices(gradient)
-        copies = self._components()
-        if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
-            self.remember()
-            compact = ops.gather_trainable(gradient, *self.index.tensors(), self.layout)
-        else:
-            ((variable, inner, index),) = copies
-            compact, values = ops.take_trainable(variable, gradient, *index, self.layout)
-            inner.assign(tf.reshape(values, inner.shape))
-        return tf.reshape(compact, self._inner.shape)
+        return self.take_and_remember(gradient)[0]
 
-    def _take_slices(self, gradient: tf.IndexedSlices) -> transforms.Gradient:
+    def take_and_remember(self, gradient: transforms.Gradient) -> tuple[transforms.Gradient, list[IndexTensors]]:
+        gradient = self._checked(gradient)
+        self.check_not_pending()
+        # All of a step is done with the index of this moment: another thread may change the mask in between.
+        indices = self.index.component_tensors()
+        copies = self._copies()
+        if isinstance(gradient, tf.IndexedSlices):
+            self._fill(indices)
+            return self._take_slices(gradient, indices[0]), indices
+        if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
+            self._fill(indices)
+            compact = ops.gather_trainable(gradient, *indices[0], self.layout)
+        else:
+            ((variable, inner),) = copies
+            compact, values = ops.take_trainable(variable, gradient, *indices[0], self.layout)
+            inner.assign(tf.reshape(values, inner.shape))
+        return tf.reshape(compact, self._inner.shape), indices
+
+    def _take_slices(self, gradient: tf.IndexedSlices, index: IndexTensors) -> transforms.Gradient:
         """Slices of the compact variable: repeated rows stay repeated, as Keras squares each by itself."""
         row_shape = tuple(self._inner.shape[1:])
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
-        masked = self.masked(gradient)
+        masked = transforms.mask_with_bits(gradient, index.mask, self.layout)
         bits_per_row = self.layout.kept // self.variable.shape[0]
         first = tf.cast(masked.indices, tf.int64)[:, None] * bits_per_row
         bits = tf.reshape(first + tf.range(bits_per_row, dtype=tf.int64)[None, :], [-1])
         # Frozen entries become slices of zeros at some entry's rank.
-        ranks = ops.rank_trainable(bits, *self.index.tensors(), self.layout.kept)
+        ranks = ops.rank_trainable(bits, *index, self.layout.kept)
         values = tf.reshape(masked.values, [-1, *row_shape])
         return tf.IndexedSlices(values, ranks, tf.constant(list(self._inner.shape), tf.int64))
 
-    def remember(self, rows: tf.Tensor | None = None) -> None:
+    def remember(self, rows: tf.Tensor | None = None) -> list[IndexTensors]:
         del rows
-        for variable, inner, index in self._components():
+        indices = self.index.component_tensors()
+        self._fill(indices)
+        return indices
+
+    def _fill(self, indices: list[IndexTensors]) -> None:
+        """Sets the compact variable to what the model's holds."""
+        for (variable, inner), index in zip(self._copies(), indices, strict=True):
             inner.assign(tf.reshape(ops.read_trainable(variable, *index, self.layout), inner.shape))
 
-    def put_back(self, snapshot: None) -> None:
-        for variable, inner, index in self._components():
+    def put_back(self, snapshot: list[IndexTensors]) -> None:
+        for (variable, inner), index in zip(self._copies(), snapshot, strict=True):
             ops.scatter_trainable(variable, inner.read_value(), *index, self.layout)
 
-    def abandon(self, snapshot: None) -> None:
+    def abandon(self, snapshot: list[IndexTensors]) -> None:
         """Nothing was written."""
 
-    def _components(self) -> list[tuple[tf.Variable, tf.Variable, IndexTensors]]:
-        """The copies of variable and compact variable that this context holds, each with its index."""
-        indices = self.index.component_tensors()
-        return list(zip(components(self.variable), components(self._inner), indices, strict=True))
+    def _copies(self) -> list[tuple[tf.Variable, tf.Variable]]:
+        """The copies of variable and compact variable that this context holds."""
+        return list(zip(components(self.variable), components(self._inner), strict=True))
 
     def fit(self, mask: Mask) -> Mask:
         mask = super().fit(mask)
@@ -287,14 +304,20 @@ class CompactPartition(MaskedPartition):
 
     def assign(self, mask: Mask) -> None:
         self.index.assign(mask.packed)
-        self.pending = self.pending and not mask.count()
+        self._pending = False
 
-    def _check_not_pending(self) -> None:
-        if not self.pending:
+    def check_not_pending(self) -> None:
+        """Raises where the mask is still to come.
+
+        Raises:
+            ValueError: If this was made from a config, and nobody has set a mask since.
+        """
+        if not self._pending:
             return
         with tf.init_scope():
-            self.pending = not self.bits.numpy().any()
-        if self.pending:
+            # A checkpoint may have set it.
+            self._pending = bool(numpy_of(self.index.indices)[0] == PENDING)
+        if self._pending:
             raise ValueError(pending_message(self.path))
 
     @property

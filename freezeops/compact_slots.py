@@ -21,10 +21,12 @@ class EntryState(NamedTuple):
         slot: The optimizer's variable, of the shape of what it trains.
         initializer: Its values in a new optimizer, from a shape and a dtype; `None`: those
             of the variable itself.
+        accumulates: Whether it is an accumulated gradient, which an entry that is frozen loses.
     """
 
     slot: keras.Variable
     initializer: Callable[..., Any] | None
+    accumulates: bool = False
 
     def initial(self, variable: Variable, by_position: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
         """What a new optimizer would start with.
@@ -62,8 +64,11 @@ def entry_states(
     """
     own_values = {id(average) for _, average in keras_internals.average_slots(optimizer)}
     own_values |= {id(state) for slot, state in declared if slot.initial is None}
+    accumulators = {id(accumulator) for _, accumulator in keras_internals.accumulators(optimizer)}
     return [
-        EntryState(slot, None if id(slot) in own_values else keras.initializers.get(initializer))
+        EntryState(
+            slot, None if id(slot) in own_values else keras.initializers.get(initializer), id(slot) in accumulators
+        )
         for _, slot, initializer in records
     ]
 
@@ -191,9 +196,27 @@ class CompactSlots(VariableSlots):
             result[: after.size] = target
             result[np.flatnonzero(found)] = of_known[source]
             moved.append(result)
-            left_values.append(of_known[gone])
+            dropped = number < len(self._states) and self._states[number].accumulates
+            left_values.append(np.zeros_like(of_known[gone]) if dropped else of_known[gone])
         self._left = _Left(steps, new, known[gone], left_values)
         for state, values in zip(self._states, moved, strict=False):
             state.assign(values)
         if self.unseeded is not None:
             self.unseeded.assign(ops.pack_bits(moved[-1]))
+
+    def forget(self) -> None:  # noqa: D102
+        super().forget()
+        self._left = None
+
+    def left(self, mask: Mask) -> tuple[np.ndarray, list[np.ndarray]] | None:
+        """What `change` would bring back: positions among the mask's bits, and values of each state.
+
+        Last come the flags of `waiting`, where there are any.
+
+        Args:
+            mask: The mask as it is.
+        """
+        left = self._left
+        if left is None or left.mask != mask or left.steps != keras_internals.step_count(self._optimizer):
+            return None
+        return left.positions, left.values

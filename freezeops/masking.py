@@ -79,6 +79,9 @@ class Masking:
     def _after_change(self, positions: set[int]) -> None:
         """Called after masks were set."""
 
+    def _after_load(self) -> None:
+        """Called after masks were set from a file or from weights."""
+
     def _bytes_beside(self, position: int) -> dict[str, tuple[Variable, layout.Layout]]:
         """Packed bits of a variable that are saved beside its mask, by a word for them."""
         return {}
@@ -374,6 +377,7 @@ class Masking:
                 part.assign(Mask(tuple(part.variable.shape), part.layout, np.asarray(weight)))
             else:
                 variable.assign(weight)
+        self._after_load()
 
     def save_own_variables(self, store: _Store) -> None:
         """Saves the masks under their variables' paths; Keras saves the inner optimizer beside.
@@ -451,6 +455,7 @@ class Masking:
         for assign, value in changes:
             assign(value)
         self._state.loaded = {}
+        self._after_load()
 
     def _undo_loaded(self) -> None:
         """Takes the masks of a file back, of which another part was refused."""
@@ -479,7 +484,7 @@ class FrozenEntries:
         partitions: Of all variables that may be written.
         averages: Slots of moving averages, each with the partition of its variable.
         rows: By position, the only rows that can be written, where that is known.
-        taken: Those whose `take` was called just before.
+        remembered: What `take_and_remember` returned just before, by the partition's `id`.
     """
 
     def __init__(
@@ -487,16 +492,16 @@ class FrozenEntries:
         partitions: Sequence[Partition],
         averages: Iterable[tuple[Partition, Variable]] = (),
         rows: Mapping[int, tf.Tensor] | None = None,
-        taken: Sequence[Partition] = (),
+        remembered: Mapping[int, Any] | None = None,
     ):
         self._partitions = partitions
         self._averages = averages
         self._rows = rows or {}
-        self._remembered = {id(part) for part in taken if part.take_remembers}
+        self._remembered = remembered or {}
 
     def __enter__(self) -> None:
         self._snapshots = [
-            None if id(part) in self._remembered else part.remember(self._rows.get(i))
+            self._remembered[id(part)] if id(part) in self._remembered else part.remember(self._rows.get(i))
             for i, part in enumerate(self._partitions)
         ]
 

@@ -152,6 +152,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             if self._state.index.position(part.variable) in positions:
                 part.put_into_average(average)
 
+    def _after_load(self) -> None:
+        for slots in self._state.slots.values():
+            slots.forget()
+
     def _averages(self) -> Iterator[tuple[Partition, Variable]]:
         """The slots of moving averages, each with the partition of its variable."""
         for variable, average in keras_internals.average_slots(self.inner_optimizer):
@@ -259,6 +263,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         packed = keras_internals.numpy_of(bits)  # where there are several workers: the chief's
         room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
         offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
+        if plan.pending:
+            indices[:] = compact.PENDING
         index = TrainableIndex(
             plan.layout,
             bits,
@@ -267,9 +273,9 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         )
         with self._beside(variable):
             inner = keras_internals.stand_in(variable, compact.inner_shape(variable, plan.layout, room))
-        part = CompactPartition(variable, index, inner)
-        part.remember()
-        part.pending = plan.pending
+        part = CompactPartition(variable, index, inner, plan.pending)
+        if not plan.pending:
+            part.remember()
         return part
 
     def _beside(self, variable: Variable) -> AbstractContextManager:
@@ -372,7 +378,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
 
     def repack(
         self,
-        masks: Mapping[Any, Any] | None = None,
+        masks: Mapping[Any, Any] | Sequence[tuple[Any, Any]] | None = None,
         capacity: Capacity | Mapping[str, Capacity] | None = None,
     ) -> None:
         """Makes compact state anew for the masks as they are, or for others; trainable entries keep their slots.
@@ -386,7 +392,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         that are not fail when they are called, before they change anything.
 
         Args:
-            masks: Optional mapping of targets to masks, as for `register_masks`.
+            masks: Optional mapping of targets to masks, as for `register_masks`, or pairs of
+                those, since variables are no keys of a mapping.
             capacity: Room to make from now on, as in the constructor; by default what was
                 asked for there, and as much as the masks need.
 
@@ -400,14 +407,17 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             raise ValueError(f"`repack` must be called with state='compact'. Received: state={self.state!r}")
         if not tf.executing_eagerly():
             raise RuntimeError("`repack` must be called outside of `tf.function`. Received: a call while one is traced")
-        if masks is not None and not isinstance(masks, Mapping):
-            raise TypeError(f"`masks` must map targets to masks. Received: masks={masks!r}")
+        pairs = list(masks.items() if isinstance(masks, Mapping) else masks or [])
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            raise TypeError(f"`masks` must map targets to masks, or be pairs of those. Received: masks={masks!r}")
         compact.check_capacity(capacity)
         index, parts = self._state.index, self._state.partitions
         new_masks = {i: part.mask for i, part in enumerate(parts)}
-        for target, mask in (masks or {}).items():
+        given_masks: set[int] = set()
+        for target, mask in pairs:
             rule = rules.Rule("register_mask", target, mask)
             for position in index.find(rule.target):
+                given_masks.add(position)
                 rules.check_maskable_dtype(index.variables[position])
                 new_masks[position] = rule.apply_to(new_masks[position])
         maskable = self._by_position(self._state.maskable, index)
@@ -418,6 +428,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             if not isinstance(part, MaskedPartition):
                 part.fit(new_masks[i])
                 continue
+            if isinstance(part, CompactPartition) and i not in given_masks:
+                part.check_not_pending()
             plans[i] = compact.choose(
                 part.variable,
                 new_masks[i],
@@ -456,6 +468,11 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 unpacked(state.numpy(), entries, state.initial(old.variable, (old.size,), everything))
                 for state in states
             ]
+            if isinstance(slots, CompactSlots) and (left := slots.left(before)):
+                inner = np.arange(old.layout.inner)
+                of_left = (left[0][:, None] * old.layout.inner + inner).reshape(-1)
+                for all_of, some in zip([*values, waiting], left[1], strict=False):
+                    all_of[of_left] = some.reshape(-1)
         else:
             self._before_change(position, new)
             if slots is not None and slots.unseeded is not None:
@@ -527,9 +544,15 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         self._build_once(variables)
         with keras.name_scope(self.name), tf.control_dependencies(self._masks_in_use()):
             parts = [self._partition(variable) for variable in variables]
-            taken = [
-                None if gradient is None else part.take(gradient) for part, gradient in zip(parts, grads, strict=True)
-            ]
+            taken: list[Gradient | None] = []
+            remembered: dict[int, Any] = {}
+            for part, gradient in zip(parts, grads, strict=True):
+                snapshot = None
+                if gradient is not None:
+                    gradient, snapshot = part.take_and_remember(gradient)
+                if snapshot is not None:
+                    remembered[id(part)] = snapshot
+                taken.append(gradient)
             pairs = [
                 (gradient, inner)
                 for gradient, part in zip(taken, parts, strict=True)
@@ -539,8 +562,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 # All are frozen for good; the inner optimizer would not count the step.
                 keras_internals.step_counter(self.inner_optimizer).assign_add(1)
                 return
-            with_gradient = [part for part, gradient in zip(parts, grads, strict=True) if gradient is not None]
-            with self._frozen_entries(self._touched_rows(taken, variables), with_gradient):
+            with self._frozen_entries(self._touched_rows(taken, variables), remembered):
                 self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
 
     def _masks_in_use(self) -> list[tf.Operation]:
@@ -557,9 +579,9 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         ]
 
     def _frozen_entries(
-        self, rows: Mapping[int, tf.Tensor] | None = None, taken: Sequence[Partition] = ()
+        self, rows: Mapping[int, tf.Tensor] | None = None, remembered: Mapping[int, Any] | None = None
     ) -> FrozenEntries:
-        return FrozenEntries(self._state.partitions, self._averages(), rows, taken)
+        return FrozenEntries(self._state.partitions, self._averages(), rows, remembered)
 
     def _touched_rows(
         self, gradients: Sequence[Gradient | None], variables: Sequence[Variable]
@@ -662,7 +684,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "MaskedOptimizer":
-        """An optimizer from `get_config`, with the same ways and layouts and no entry frozen yet."""
+        """An optimizer from `get_config`, with the same ways and layouts.
+
+        No entry is frozen yet; variables with compact state must be given their masks before it trains.
+        """
         config = dict(config)
         inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
         partitions = config.pop("partitions", {})

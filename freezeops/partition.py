@@ -128,8 +128,6 @@ class Partition(ABC):
     """
 
     way: Way
-    take_remembers = False
-    """Whether `take` also does what `remember` does."""
 
     def __init__(self, variable: Variable):
         self.variable = variable
@@ -152,6 +150,10 @@ class Partition(ABC):
     def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
         """What the inner optimizer is given for a gradient of the variable."""
         return self.masked(gradient)
+
+    def take_and_remember(self, gradient: transforms.Gradient) -> tuple[transforms.Gradient, Any]:
+        """`take`, and what `remember` would return right after it; `None` where that is still to be called."""
+        return self.take(gradient), None
 
     def _checked(self, gradient: Any) -> transforms.Gradient:
         if not isinstance(gradient, tf.IndexedSlices):

@@ -200,7 +200,7 @@ def gather_trainable(
     if not kept or not capacity:
         return tf.zeros([capacity * inner], source.dtype)
     rows = tf.reshape(tf.bitcast(source, integers_like(source.dtype)), [kept, inner])
-    gathered = tf.gather(rows, tf.minimum(indices, kept - 1))
+    gathered = tf.gather(rows, tf.clip_by_value(indices, 0, kept - 1))
     chosen = tf.where(_valid(indices, mask, layout)[:, None], gathered, tf.zeros_like(gathered))
     return tf.bitcast(tf.reshape(chosen, [capacity * inner]), source.dtype)
 
@@ -275,10 +275,10 @@ def _valid(indices: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
 
     In a mask that `repack` emptied there is none, so that a function which was traced before writes nothing.
     """
-    position = tf.minimum(indices, layout.kept - 1)
+    position = tf.clip_by_value(indices, 0, layout.kept - 1)
     byte = tf.cast(tf.gather(mask, position // 8), tf.int32)
     one = tf.bitwise.right_shift(byte, tf.cast(position % 8, tf.int32)) & 1
-    return tf.logical_and(indices < layout.kept, tf.cast(one, tf.bool))
+    return tf.equal(position, indices) & tf.cast(one, tf.bool)
 
 
 def seed_slots(

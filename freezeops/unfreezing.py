@@ -118,6 +118,10 @@ class VariableSlots:
                     initial = tf.fill([self._size], tf.cast(slot.initial(self._optimizer), state.dtype))
                 ops.restore_frozen(component, keep, initial, mask_layout)
 
+    def forget(self) -> None:
+        """What was changed before is no longer of use: the slots come from elsewhere now."""
+        self._last = None
+
     def waiting(self) -> np.ndarray:
         """Which entries wait to be seeded: booleans of the variable's shape. Only where some can."""
         assert self.unseeded is not None

@@ -470,7 +470,7 @@ def test_repack_refuses():
     state = [v.numpy() for v in model.optimizer.variables]
     with pytest.raises(RuntimeError, match=r"outside of `tf\.function`"):
         tf.function(model.optimizer.repack, autograph=False)()
-    with pytest.raises(TypeError, match="`masks` must map"):
+    with pytest.raises(TypeError, match="`masks` must map targets to masks, or be pairs"):
         model.optimizer.repack([1])
     with pytest.raises(ValueError, match="matches nothing"):
         model.optimizer.repack({"elements": True, "nowhere": True})
@@ -756,3 +756,92 @@ def test_slots_move_by_position():
         for i, p in enumerate(np.flatnonzero(other)):
             assert after[i] == known.get(p, 0.0)
         assert not after[other.sum() :].any()
+
+
+# What a reviewer found.
+
+
+def test_mask_that_changes_in_the_middle_of_a_step():
+    """A step is done with the mask that it began with."""
+    hook = []
+
+    @fz.declare_elementwise
+    class Interrupted(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            hook.pop()()
+            super().update_step(gradient, variable, learning_rate)
+
+    for state in ("full", "compact"):
+        variable = keras.Variable(np.arange(8, dtype="float32"), name="v")
+        optimizer = fz.MaskedOptimizer(Interrupted(0.0), masks={"v": np.arange(8) % 2 == 0}, state=state)
+        optimizer.build([variable])
+        hook.append(lambda optimizer=optimizer: optimizer.register_mask("v", np.arange(8) > 3))
+        optimizer.apply([tf.ones(8)], [variable])
+        np.testing.assert_array_equal(variable.numpy(), np.arange(8))
+
+
+def test_clone_with_another_kind_of_mask():
+    """Room is counted in rows or in entries, and a saved number in what it was saved in."""
+    variable = keras.Variable(np.zeros((10, 64), "float32"), name="v")
+    elements, rows = np.arange(640).reshape(10, 64) < 505, np.arange(10)[:, None] < 3
+    for first, second, room in ((elements, rows, 8), (rows, elements, 505)):
+        optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(), masks={"v": first}, state="compact")
+        optimizer.build([variable])
+        clone = fz.MaskedOptimizer.from_config(optimizer.get_config())
+        clone.register_mask("v", second)
+        clone.build([variable])
+        assert capacities(clone) == {"v": room}
+
+
+def test_clone_that_is_frozen_on_purpose():
+    variable = keras.Variable(np.zeros(6, "float32"), name="v")
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(), masks={"v": np.arange(6) < 3}, state="compact")
+    optimizer.build([variable])
+    clone = fz.MaskedOptimizer.from_config(optimizer.get_config())
+    clone.build([variable])
+    with pytest.raises(ValueError, match="must be given its masks"):
+        clone.repack()
+    clone.freeze("v")
+    clone.apply([tf.ones(6)], [variable])
+    assert not variable.numpy().any()
+
+
+def test_repack_between_two_steps_brings_slots_back():
+    results = []
+    for state in ("full", "compact"):
+        model = Model(keras.optimizers.Adam(0.1), state, "eager", odd=False)
+        model.step(3)
+        mask = model.masks["elements"].copy()
+        less = mask.copy()
+        less[:4] = False
+        model.optimizer.register_mask("elements", less)
+        if state == "full":
+            model.optimizer.register_mask("elements", mask)
+        else:
+            model.optimizer.repack([(model.variables["elements"], mask)])
+        model.step(2)
+        results.append(model.values())
+    assert_equal(results[1], results[0])
+
+
+def test_accumulated_gradient_of_a_frozen_entry_is_dropped():
+    for state in ("full", "compact"):
+        variable = keras.Variable(np.zeros(4, "float32"), name="v")
+        inner = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+        optimizer = fz.MaskedOptimizer(inner, masks={"v": np.arange(4) < 3}, state=state)
+        optimizer.apply([tf.ones(4)], [variable])
+        optimizer.freeze("v", [0])
+        optimizer.unfreeze("v", [0])
+        optimizer.apply([tf.ones(4)], [variable])
+        np.testing.assert_array_equal(variable.numpy(), [-0.5, -1, -1, 0], state)
+
+
+def test_capacity_of_numpy_types():
+    variable = keras.Variable(np.zeros(6, "float32"), name="v")
+    mask = np.arange(6) < 3
+    for capacity, room in ((mask.sum() + 1, 4), (np.float32(0.5), 3), (np.float64(1.0), 6)):
+        optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(), masks={"v": mask}, state="compact", capacity=capacity)
+        optimizer.build([variable])
+        assert capacities(optimizer) == {"v": room}
+    with pytest.raises(ValueError, match="`capacity` must be"):
+        fz.MaskedOptimizer(keras.optimizers.SGD(), state="compact", capacity=float("nan"))

@@ -552,3 +552,23 @@ def test_compact_file_of_other_masks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must not have more trainable entries"):
         other.load_weights(tmp_path / "w.weights.h5")
     assert other.optimizer.mask_for(kernel(other)) == fz.Mask.from_array(few)
+
+
+def test_compact_model_that_is_all_frozen(tmp_path):
+    model = compact_model()
+    train(model)
+    model.optimizer.freeze("body/kernel")
+    train(model)
+    model.save(tmp_path / "model.keras")
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(tmp_path / "c"))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    twin = functional()
+    twin.compile(fz.MaskedOptimizer.from_config(model.optimizer.get_config()), "mse", jit_compile=False)
+    twin.optimizer.build(twin.trainable_variables)
+    tf.train.Checkpoint(model=twin, optimizer=twin.optimizer).restore(path).assert_existing_objects_matched()
+    for each in (model, loaded, twin):
+        before = kernel(each).numpy()
+        train(each)
+        assert_same_bits(kernel(each).numpy(), before)
+    assert_same_state(loaded, model)
+    assert_same_state(twin, model)

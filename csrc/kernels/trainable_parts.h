@@ -128,8 +128,8 @@ class TrainableParts {
   int64_t begin(int64_t part) const { return part * part_bits_ * mask_.layout.inner; }
   int64_t end(int64_t part) const { return end_bit(part) * mask_.layout.inner; }
 
-  // compact[i] = whole[indices[i]] for each array, or the reverse. Returns whether each index is one of a bit and, where
-  // entries are written, of a bit that is set: another is left out.
+  // compact[i] = whole[indices[i]] for each array, or the reverse. Returns whether each index is one of a bit and,
+  // where entries are written, of a bit that is set: another is left out.
   template <bool kScatter>
   bool ByIndex(const std::vector<void*>& compact, const std::vector<const void*>& whole, int64_t width) const {
     const auto move = [&](auto value, auto index) {

@@ -26,13 +26,6 @@ using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 using ::tensorflow::Var;
 
-absl::Status CheckOffsets(const Tensor& offsets, int64_t kept) {
-  if (offsets.dims() == 1 && offsets.dim_size(0) == rank_blocks(kept) + 1) return absl::OkStatus();
-  return InvalidArgument("offsets must have shape [", rank_blocks(kept) + 1, "], one for each block of ",
-                         kRankBlockBits, " of the mask's ", kept, " bits and their total. Received: offsets of shape ",
-                         offsets.shape().DebugString());
-}
-
 absl::Status OffsetsError(const TrainableParts& parts) {
   return InvalidArgument(kOffsetsMessage, " Received: ", parts.capacity(), " indices, offsets with a total of ",
                          parts.total());
@@ -56,7 +49,7 @@ class CompactOp : public OpKernel {
     const Tensor& offsets = ctx->input(first + 1);
     const Tensor& indices = ctx->input(first + 2);
     TF_RETURN_IF_ERROR(CheckMask(mask, layout_));
-    TF_RETURN_IF_ERROR(CheckOffsets(offsets, layout_.kept));
+    TF_RETURN_IF_ERROR(CheckOffsets(offsets.shape(), layout_.kept));
     if (indices.dims() != 1) {
       return InvalidArgument("indices must be a vector. Received: indices of shape ", indices.shape().DebugString());
     }
@@ -185,7 +178,7 @@ class RankTrainableOp : public OpKernel {
     const Tensor& mask = ctx->input(1);
     const Tensor& offsets = ctx->input(2);
     OP_REQUIRES_OK(ctx, CheckMask(mask, MaskLayout{1, kept_, 1}));
-    OP_REQUIRES_OK(ctx, CheckOffsets(offsets, kept_));
+    OP_REQUIRES_OK(ctx, CheckOffsets(offsets.shape(), kept_));
     const int64_t count = bits.NumElements();
     const int64_t* bit = bits.flat<int64_t>().data();
     for (int64_t i = 0; i < count; ++i) {

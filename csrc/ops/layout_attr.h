@@ -1,5 +1,5 @@
-// The `layout` attribute, [outer, kept, inner], read and checked in the same way by shape functions and kernels, and what
-// must fit it.
+// The `layout` attribute, [outer, kept, inner], read and checked in the same way by shape functions and kernels, and
+// what must fit it.
 
 #ifndef FREEZEOPS_OPS_LAYOUT_ATTR_H_
 #define FREEZEOPS_OPS_LAYOUT_ATTR_H_
@@ -47,13 +47,21 @@ absl::Status GetLayout(Context* context, MaskLayout* layout) {
   return status.ok() ? ParseLayout(values, layout) : status;
 }
 
+inline absl::Status CheckOffsets(const tensorflow::TensorShape& offsets, int64_t kept) {
+  if (offsets.dims() == 1 && offsets.dim_size(0) == rank_blocks(kept) + 1) return absl::OkStatus();
+  return InvalidArgument("offsets must have shape [", rank_blocks(kept) + 1, "], one for each block of ",
+                         kRankBlockBits, " of the mask's ", kept, " bits and their total. Received: offsets of shape ",
+                         offsets.DebugString());
+}
+
 inline constexpr char kOffsetsMessage[] =
     "offsets and indices must be those of the mask, and no more entries trainable than there are indices.";
 
 inline absl::Status CheckMask(const tensorflow::TensorShape& mask, const MaskLayout& layout) {
   if (mask.dims() == 1 && mask.dim_size(0) == mask_bytes(layout.kept)) return absl::OkStatus();
   // `repack` empties the masks that it replaces, so that no function goes on with them.
-  const char* hint = mask.num_elements() == 0 ? "; a function that was traced before `repack` must be traced again" : "";
+  const char* hint =
+      mask.num_elements() == 0 ? "; a function that was traced before `repack` must be traced again" : "";
   return InvalidArgument("mask must have shape [", mask_bytes(layout.kept), "], one bit for each of the ", layout.kept,
                          " kept indices of layout ", LayoutString(layout), ". Received: mask of shape ",
                          mask.DebugString(), hint);

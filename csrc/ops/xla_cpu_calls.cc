@@ -1,12 +1,11 @@
 // What XLA calls on the CPU: the native kernels, where they beat the HLO of xla_kernels.cc.
 //
-// XLA fuses a gather into the loop that uses its result, which is then no longer vectorized, and scatters on one thread.
-// Seeding as part of the optimizer's loops slows them down; called, it ends where it sees that nothing waits.
+// XLA fuses a gather into the loop that uses its result, which is then no longer vectorized, and scatters on one
+// thread. Seeding as part of the optimizer's loops slows them down; called, it ends where it sees that nothing waits.
 //
 // Operands of freezeops_gather_trainable: mask, offsets, indices, source [kept, inner]; result [capacity, inner]. Of
 // freezeops_gather_two_trainable: a second source, and a second result. Of freezeops_scatter_trainable: destination
 // [kept, inner], mask, offsets, indices, compact [capacity, inner]; the result is the destination. Of
-// freezeops_seed_slots: unseeded, gradient, scales, powers, slots...; the results are unseeded and the slots. Of
 // freezeops_seed_slots: unseeded, gradient, scales, powers, slots...; the results are unseeded and the slots.
 
 #include "ops/xla_cpu_calls.h"
@@ -170,8 +169,7 @@ auto Bind() {
 XLA_FFI_DEFINE_HANDLER(kGather, Gather, Bind().Ret<ffi::AnyBuffer>());
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGatherCall, "Host", kGather);
 
-XLA_FFI_DEFINE_HANDLER(kGatherTwo, GatherTwo,
-                       Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kGatherTwo, GatherTwo, Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGatherTwoCall, "Host", kGatherTwo);
 
 XLA_FFI_DEFINE_HANDLER(kScatter, Scatter, Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());

@@ -1,5 +1,5 @@
-// XLA kernels of all ops: plain HLO, which XLA fuses into whatever makes or takes the values, and calls of native kernels
-// where these are faster (xla_cpu_calls.cc).
+// XLA kernels of all ops: plain HLO, which XLA fuses into whatever makes or takes the values, and calls of native
+// kernels where these are faster (xla_cpu_calls.cc).
 //
 // Registered for the JIT devices directly: the registration macro of XLA's own kernels takes effect only if the library
 // is loaded before XLA is used for the first time.
@@ -310,14 +310,14 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place = {
         {xla::ShapeIndex({0}), {0, whole}}};
     for (size_t i = 0; i < slots.size(); ++i) {
-      in_place.push_back({xla::ShapeIndex({static_cast<int64_t>(i) + 1}), {static_cast<int64_t>(operands.size()), whole}});
+      in_place.push_back(
+          {xla::ShapeIndex({static_cast<int64_t>(i) + 1}), {static_cast<int64_t>(operands.size()), whole}});
       operands.push_back(slots[i]);
       results.push_back(xla::ShapeUtil::MakeShape(type, shape.dim_sizes()));
     }
-    const XlaOp seeded = xla::CustomCall(ctx->builder(), kSeedCall, operands, xla::ShapeUtil::MakeTupleShape(results),
-                                         "", /*has_side_effect=*/false, in_place, nullptr,
-                                         xla::CustomCallSchedule::SCHEDULE_NONE,
-                                         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    const XlaOp seeded = xla::CustomCall(
+        ctx->builder(), kSeedCall, operands, xla::ShapeUtil::MakeTupleShape(results), "", /*has_side_effect=*/false,
+        in_place, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     TF_RETURN_IF_ERROR(ctx->AssignVariable(0, tensorflow::DT_UINT8, xla::GetTupleElement(seeded, 0)));
     for (size_t i = 0; i < slots.size(); ++i) {
       const XlaOp slot = xla::GetTupleElement(seeded, static_cast<int64_t>(i) + 1);
@@ -352,8 +352,8 @@ class SeedSlotsXlaOp : public XlaOpKernel {
   std::vector<int64_t> powers_;
 };
 
-// Compact state. On the CPU the native kernels are called; elsewhere entries are found by their indices. An index that is out of range stands for none: what is gathered
-// there is zero, and nothing is scattered.
+// Compact state. On the CPU the native kernels are called; elsewhere entries are found by their indices. An index that
+// is out of range stands for none: what is gathered there is zero, and nothing is scattered.
 class CompactXlaOp : public XlaOpKernel {
  public:
   explicit CompactXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
@@ -365,9 +365,11 @@ class CompactXlaOp : public XlaOpKernel {
  protected:
   // Inputs `first` and on are the mask, its offsets and the indices.
   absl::Status CheckTrainable(XlaOpKernelContext* ctx, int first) {
-    TensorShape mask_shape, indices_shape;
+    TensorShape mask_shape, offsets_shape, indices_shape;
     TF_RETURN_IF_ERROR(GetShape(ctx, first, &mask_shape));
     TF_RETURN_IF_ERROR(CheckMask(mask_shape, layout_));
+    TF_RETURN_IF_ERROR(GetShape(ctx, first + 1, &offsets_shape));
+    TF_RETURN_IF_ERROR(CheckOffsets(offsets_shape, layout_.kept));
     TF_RETURN_IF_ERROR(GetShape(ctx, first + 2, &indices_shape));
     if (layout_.outer != 1 || indices_shape.dims() != 1) {
       return InvalidArgument("layout must be one that does not repeat, and indices a vector. Received: layout=",
@@ -507,8 +509,8 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
           ctx->builder(), kScatterCall,
           {xla::Reshape(value, Dims(layout_.kept)), ctx->Input(2), ctx->Input(3), ctx->Input(4),
            xla::Reshape(ctx->Input(1), Dims(capacity_))},
-          xla::ShapeUtil::MakeShape(type, Dims(layout_.kept)), "", /*has_side_effect=*/false, in_place, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
-          xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+          xla::ShapeUtil::MakeShape(type, Dims(layout_.kept)), "", /*has_side_effect=*/false, in_place, nullptr,
+          xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
       OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
       return;
     }
@@ -531,8 +533,7 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
     const XlaOp written = xla::Scatter(old, ctx->Input(4), updates, *second->Build(), numbers,
                                        /*indices_are_sorted=*/true, /*unique_indices=*/true);
     const XlaOp reshaped = xla::Reshape(written, shape.dim_sizes());
-    OP_REQUIRES_OK(ctx,
-                   ctx->AssignVariable(0, dtype_, as_is ? reshaped : xla::BitcastConvertType(reshaped, type)));
+    OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, as_is ? reshaped : xla::BitcastConvertType(reshaped, type)));
   }
 };
 
