@@ -32,7 +32,7 @@ def check_capacity(capacity: Any) -> None:
                 "`capacity` must be a number of entries (int) or a share of them (float), or map path patterns to "
                 f"those. Received: capacity={capacity!r}"
             )
-        if not value >= 0 or (not isinstance(value, numbers.Integral) and value > 1):
+        if not float(value) >= 0 or (not isinstance(value, numbers.Integral) and float(value) > 1):
             raise ValueError(
                 "`capacity` must be an int that is not negative, or a float from 0.0 to 1.0. Received: "
                 f"capacity={capacity!r}"

@@ -10,6 +10,8 @@
 
 #include "ops/xla_cpu_calls.h"
 
+#if defined(FREEZEOPS_HAVE_XLA_CALLS)
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -180,3 +182,5 @@ XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kSeedCall, "Host", kSeed);
 
 }  // namespace
 }  // namespace freezeops
+
+#endif  // FREEZEOPS_HAVE_XLA_CALLS

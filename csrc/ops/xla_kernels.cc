@@ -243,7 +243,7 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
     bool materialized = false;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("materialized", &materialized));
-    native_ = materialized && !sparse_ && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
+    native_ = kHaveXlaCalls && materialized && !sparse_ && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
@@ -359,7 +359,7 @@ class CompactXlaOp : public XlaOpKernel {
   explicit CompactXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
     OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    native_ = ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
+    native_ = kHaveXlaCalls && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
 
  protected:
