@@ -187,6 +187,9 @@ def recording_slots(optimizer: keras.optimizers.Optimizer) -> Iterator[list[Slot
     """Notes the slots that an optimizer makes, by way of `add_variable_from_reference`, while this is entered."""
     records: list[SlotRecord] = []
     parts = list(base_optimizers(optimizer))
+    name = "add_variable_from_reference"
+    # Where one wrapper lies in another, both note.
+    before = [vars(part).get(name) for part in parts]
 
     def noting(add: Callable[..., keras.Variable]) -> Callable[..., keras.Variable]:
         def add_variable_from_reference(
@@ -199,12 +202,14 @@ def recording_slots(optimizer: keras.optimizers.Optimizer) -> Iterator[list[Slot
         return add_variable_from_reference
 
     for part in parts:
-        part.add_variable_from_reference = noting(part.add_variable_from_reference)
+        vars(part)[name] = noting(part.add_variable_from_reference)
     try:
         yield records
     finally:
-        for part in parts:
-            del part.add_variable_from_reference
+        for part, noted in zip(parts, before, strict=True):
+            vars(part).pop(name)
+            if noted is not None:
+                vars(part)[name] = noted
 
 
 def is_variable(x: Any) -> bool:
