@@ -143,9 +143,18 @@ def measure_here(optimizer: str, jit: bool, size: int, density: float, rows: boo
     }
 
 
-def elsewhere(option: str, *task: Any) -> Any:
-    """What this script prints for a task, in a process of its own: what one leaves in memory is no other's."""
-    return json.loads(_common.in_fresh_process(__file__, option, json.dumps(task)))
+Run = Callable[..., Any]
+"""Carries a task out: from the name of one of `TASKS` and its arguments to the result."""
+
+
+def elsewhere(name: str, *arguments: Any) -> Any:
+    """Carries a task out in a process of its own: what one leaves in memory is no other's."""
+    return json.loads(_common.in_fresh_process(__file__, f"--{name}-of", json.dumps(arguments)))
+
+
+def here(name: str, *arguments: Any) -> Any:
+    """Carries a task out in this process."""
+    return TASKS[name](*arguments)
 
 
 def peak_here(optimizer: str, jit: bool, size: int, density: float | None, rows: bool) -> float:
@@ -165,15 +174,15 @@ def peak_here(optimizer: str, jit: bool, size: int, density: float | None, rows:
 
 
 def add_memory(results: list[dict[str, Any]]) -> None:
-    """Adds peak memory to results."""
+    """Adds peak memory to results, each from a fresh process."""
     bare: dict[tuple, float] = {}
     for result in results:
         kind = result["optimizer"], result["jit"], result["size"]
         if kind not in bare:
-            bare[kind] = elsewhere("--memory-of", *kind, None, False)
+            bare[kind] = elsewhere("memory", *kind, None, False)
         result["peak_bytes"] = {
             "bare": bare[kind],
-            "compact": elsewhere("--memory-of", *kind, result["density"], result["rows"]),
+            "compact": elsewhere("memory", *kind, result["density"], result["rows"]),
         }
 
 
@@ -239,13 +248,16 @@ def plot(curves: dict[str, Any], folder: Path) -> None:
         plt.close(figure)
 
 
-def measure_curves(sizes: Sequence[int], size: int, repeats: int) -> dict[str, Any]:
+TASKS: dict[str, Callable[..., Any]] = {"measure": measure_here, "memory": peak_here, "point": point_here}
+
+
+def measure_curves(sizes: Sequence[int], size: int, repeats: int, run: Run) -> dict[str, Any]:
     """Both curves, with and without XLA."""
     curves: dict[str, Any] = {"size": {}, "density": {}, "line": {}, "size_of_densities": size}
     for name, jit in (("off", False), ("on", True)):
-        curves["size"][name] = [elsewhere("--point-of", jit, each, CURVE_DENSITY, repeats) for each in sizes]
+        curves["size"][name] = [run("point", jit, each, CURVE_DENSITY, repeats) for each in sizes]
         curves["line"][name] = straightness(curves["size"][name])
-        curves["density"][name] = [elsewhere("--point-of", jit, size, each, repeats) for each in CURVE_DENSITIES]
+        curves["density"][name] = [run("point", jit, size, each, repeats) for each in CURVE_DENSITIES]
     return curves
 
 
@@ -275,18 +287,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--jit", choices=["on", "off", "both"], default="both")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--plot", type=Path, help="folder for the plots, which take some minutes more")
+    parser.add_argument("--one-process", action="store_true", help="faster, and less comparable")
     # For the processes that `elsewhere` starts.
-    tasks = {"measure_of": measure_here, "memory_of": peak_here, "point_of": point_here}
-    for name in tasks:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=json.loads, help=_common.argparse.SUPPRESS)
+    for name in TASKS:
+        parser.add_argument(f"--{name}-of", type=json.loads, help=_common.argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for name, task in tasks.items():
-        if given := getattr(options, name):
-            print(json.dumps(task(*given)))
+    for name in TASKS:
+        if given := getattr(options, f"{name}_of"):
+            print(json.dumps(here(name, *given)))
             return None
+    run = here if options.one_process else elsewhere
     repeats = _common.repeats_of(options)
     results = [
-        elsewhere("--measure-of", optimizer, jit, size, *case, repeats if size <= LARGE else max(repeats // 4, 3))
+        run("measure", optimizer, jit, size, *case, repeats if size <= LARGE else max(repeats // 4, 3))
         for size in dict.fromkeys((options.size, options.large))
         for optimizer in options.optimizer
         for jit in {"on": [True], "off": [False], "both": [False, True]}[options.jit]
@@ -310,7 +323,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     data: dict[str, Any] = {"benchmark": "compact", "results": results}
     if options.plot is not None:
         sizes = [max(2 * options.large >> halvings, 1) for halvings in reversed(range(CURVE_POINTS))]
-        curves = measure_curves(sizes, options.size, max(repeats // 2, 3))
+        curves = measure_curves(sizes, options.size, max(repeats // 2, 3), run)
         plot(curves, options.plot)
         data["curves"] = curves
         for name, line in curves["line"].items():

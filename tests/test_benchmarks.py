@@ -67,7 +67,7 @@ def test_bench_sparse(tmp_path):
 def test_bench_compact(tmp_path):
     data, text = run(
         "bench_compact.py", "--size", "8K", "--large", "16K", "--quick", "--repeats", "8", "--optimizer", "Adam",
-        "--no-memory", "--plot", str(tmp_path / "plots"), path=tmp_path / "compact.json",
+        "--one-process", "--no-memory", "--plot", str(tmp_path / "plots"), path=tmp_path / "compact.json",
     )  # fmt: skip
     check_facts(data)
     cases = [(0.01, False), (0.01, True), (0.1, False), (0.5, False)]
