@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops, partition, reference, transforms
-from freezeops.keras_internals import Variable, components, numpy_of, tf_variable, variable_path
+from freezeops.keras_internals import Variable, components, numpy_of, variable_path
 from freezeops.layout import Layout, elementwise
 from freezeops.mask import Mask
 from freezeops.partition import MaskedPartition, Plan, fit
@@ -196,12 +196,8 @@ class TrainableIndex:
         self.offsets.assign(offsets)
         self.indices.assign(indices)
 
-    def tensors(self) -> IndexTensors:
-        """Bits, offsets and indices as they are here."""
-        return IndexTensors(*(tf.convert_to_tensor(tf_variable(variable)) for variable in self.variables))
-
     def component_tensors(self) -> list[IndexTensors]:
-        """`tensors` for each copy that `keras_internals.components` gives."""
+        """Bits, offsets and indices, for each copy that `keras_internals.components` gives."""
         copies = zip(*(components(variable) for variable in self.variables), strict=True)
         return [IndexTensors(*(tf.convert_to_tensor(copy) for copy in of_one)) for of_one in copies]
 

@@ -242,11 +242,6 @@ def numpy_of(variable: Variable) -> np.ndarray:
     return components(variable)[0].numpy()
 
 
-def numpy_dtype(variable: Variable) -> np.dtype:
-    """The dtype of a variable's values as NumPy has them."""
-    return tf.as_dtype(variable.dtype).as_numpy_dtype
-
-
 def dtype_name(variable: Variable) -> str:
     """The dtype as text, such as `"float32"`."""
     return tf.as_dtype(variable.dtype).name
