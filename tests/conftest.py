@@ -1,5 +1,6 @@
 """Fixtures that every test can use."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -9,6 +10,11 @@ import pytest
 import tensorflow as tf
 
 from freezeops import _native
+
+# `clear_session` collects garbage. What TensorFlow and Keras made at import is not looked through again:
+# 0.2 s less for each test.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(params=["native", "reference"])

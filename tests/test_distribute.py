@@ -1,11 +1,10 @@
 """Several replicas: `MirroredStrategy` over two logical CPU devices, in a process of its own."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 SCRIPT = Path(__file__).with_name("distribute_script.py")
 CASES = [
@@ -27,13 +26,6 @@ CASES = [
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", CASES)
-def test_mirrored(case, backend):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), case],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=os.environ | {"FREEZEOPS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{case} passed" in done.stdout
+def test_mirrored(case, backend, tmp_path):
+    environment = os.environ | {"FREEZEOPS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    assert f"{case} passed" in run_script(SCRIPT, [case], environment, tmp_path / "log", seconds=900)

@@ -3,14 +3,13 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from common import assert_same_bits
+from processes import Script
 
 SCRIPT = Path(__file__).with_name("kill_script.py")
 KILLS = int(os.environ.get("FREEZEOPS_KILLS", "4"))
@@ -20,14 +19,14 @@ SEED = int(os.environ.get("FREEZEOPS_SEED", time.time_ns() % 10**6))
 
 
 def start(way, folder, **environment):
-    command = [sys.executable, str(SCRIPT), way, str(folder)]
-    log = (folder / "log").open("w")
-    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+    return Script(SCRIPT, [way, str(folder)], os.environ | environment, folder / "log")
 
 
 def finish(way, folder):
-    process = start(way, folder)
-    assert process.wait(180) == 0, (folder / "log").read_text()[-3000:]
+    script = start(way, folder)
+    code = script.wait(180)
+    script.kill()
+    assert code == 0, script.printed()[-3000:]
     return dict(np.load(folder / "done.npz"))
 
 
@@ -51,16 +50,15 @@ def test_killed_at_random_moments(way, state, tmp_path, monkeypatch):
     killed = 0
     while killed < KILLS and not (broken / "done.npz").exists():
         (broken / "begun").unlink(missing_ok=True)
-        process = start(way, broken, SLOWLY="1")
+        script = start(way, broken, SLOWLY="1")
         deadline = time.monotonic() + 120
-        while not (broken / "begun").exists() and process.poll() is None and time.monotonic() < deadline:
+        while not (broken / "begun").exists() and script.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 2.5 / KILLS))
-        process.send_signal(signal.SIGKILL)
-        code = process.wait()
-        if way == "backup" and code == 1 and "in h5py.h5f.open" in (broken / "log").read_text():
+        code = script.kill()
+        if way == "backup" and code == 1 and "in h5py.h5f.open" in script.printed():
             pytest.skip("killed as it wrote, Keras's BackupAndRestore left a file that Keras cannot read")
-        assert code in (-signal.SIGKILL, 0), (SEED, (broken / "log").read_text()[-3000:])
+        assert code in (-signal.SIGKILL, 0), (SEED, script.printed()[-3000:])
         killed += code != 0
     assert killed >= min(KILLS, 3), "it ended too soon to be killed"
     actual = finish(way, broken)

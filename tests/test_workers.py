@@ -2,16 +2,14 @@
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from common import assert_same_bits
+from processes import Script, run_script
 
 SCRIPT = Path(__file__).with_name("workers_script.py")
 SECONDS = 240
@@ -33,45 +31,39 @@ class Cluster:
     def __init__(self, case, folder, workers=2, **environment):
         self.case, self.folder = case, folder
         addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
-        self.logs = [folder / f"{case}_{task}_{time.monotonic_ns()}.log" for task in range(workers)]
-        self.processes = []
+        self.scripts = []
         for task in range(workers):
             config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": task}}
-            self.processes.append(self._start(self.logs[task], {"TF_CONFIG": json.dumps(config)} | environment))
+            log = folder / f"{case}_{task}_{time.monotonic_ns()}.log"
+            self.scripts.append(self._start(log, {"TF_CONFIG": json.dumps(config)} | environment))
 
     def _start(self, log, environment):
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), self.case, str(self.folder)],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"} | environment,
-        )
+        defaults = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"}
+        return Script(SCRIPT, [self.case, str(self.folder)], os.environ | defaults | environment, log)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        for script in self.scripts:
+            script.kill()
 
     def wait(self):
         """All workers end well, or the test fails with what the first bad one said."""
         deadline = time.monotonic() + SECONDS
-        for task, process in enumerate(self.processes):
-            try:
-                code = process.wait(max(deadline - time.monotonic(), 1))
-            except subprocess.TimeoutExpired:
+        for task, script in enumerate(self.scripts):
+            code = script.wait(max(deadline - time.monotonic(), 1))
+            if code is None:
                 code = f"still running after {SECONDS} s"
-            log = self.logs[task].read_text()
+            log = script.printed()
             assert code == 0 and f"{self.case} passed" in log, f"worker {task}: {code}\n{log[-3000:]}"
 
     def wait_for(self, name):
         """Until a worker has made a file of that name."""
         deadline = time.monotonic() + SECONDS
         while not (self.folder / name).exists():
-            assert time.monotonic() < deadline and all(p.poll() is None for p in self.processes), [
-                log.read_text()[-2000:] for log in self.logs
+            assert time.monotonic() < deadline and all(s.poll() is None for s in self.scripts), [
+                script.printed()[-2000:] for script in self.scripts
             ]
             time.sleep(0.02)
 
@@ -83,9 +75,9 @@ def results(folder, case, tasks):
 def run_alone(case, folder, **extra):
     """A case in one process without TF_CONFIG."""
     environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"} | extra
-    command = [sys.executable, str(SCRIPT), case, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
-    assert done.returncode == 0 and f"{case} passed" in done.stdout, done.stderr[-3000:]
+    assert f"{case} passed" in run_script(
+        SCRIPT, [case, str(folder)], environment, folder / f"{case}_alone.log", SECONDS
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -155,8 +147,7 @@ def test_killed_worker(tmp_path, victim):
         cluster.wait()
     with Cluster("resume", broken, STEP_SECONDS="0.3") as cluster:
         cluster.wait_for("saved_0_6")
-        cluster.processes[victim].send_signal(signal.SIGKILL)
-        cluster.processes[victim].wait()
+        cluster.scripts[victim].kill()
         # The others cannot go on; whoever runs the cluster ends them, as __exit__ does here.
     with Cluster("resume", broken) as cluster:
         cluster.wait()
