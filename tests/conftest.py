@@ -36,3 +36,11 @@ def clean_keras():
     keras.utils.set_random_seed(1)
     yield
     tf.config.run_functions_eagerly(False)
+
+
+FIRST = ("test_workers", "test_distribute", "test_kill", "test_benchmarks", "test_examples")
+"""Files of long tests: they begin first, so that no process is left with one when the others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))

@@ -28,6 +28,8 @@ ULPS = {"clipnorm": 16, "global_clipnorm": 16}
 INEXACT = {"Ftrl": 200, "RMSprop": 8, "Adagrad": 8}
 """TensorFlow's own `pow` and `rsqrt` give an entry at the end of a vector another last bit than one within."""
 JIT_ULPS = 8
+COMPILED_EACH_STEP = ("Adadelta", "RMSprop momentum centered")
+"""They add `tf.IndexedSlices` up, which XLA compiles anew in every step, with a bare optimizer too."""
 
 
 class Model:
@@ -108,7 +110,7 @@ def test_equals_full_state(setup, option, mode):
     for state in ("full", "compact"):
         model = Model(SETUPS[setup](**OPTIONS[option]), state, mode)
         first = model.values()
-        model.step(STEPS)
+        model.step(3 if mode == "jit" and setup in COMPILED_EACH_STEP else STEPS)
         model.optimizer.finalize_variable_values(list(model.variables.values()))
         last = model.values()
         for name in model.masks:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ from common import MODES, assert_same_bits, in_mode
 
 pytest.importorskip("tf_keras", reason="tf_keras is not installed: nothing to wrap")
 import tf_keras
+from processes import run_script
 from test_promise import odd_values
 
 import freezeops as fz
@@ -780,10 +782,9 @@ def test_only_freezeops_legacy_needs_tf_keras():
 
 
 @pytest.mark.parametrize("case, backend", [("loop", "auto"), ("loop", "reference"), ("fit", "auto")])
-def test_mirrored(case, backend):
-    done = run_python(__file__, case, FREEZEOPS_BACKEND=backend)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{case} passed" in done.stdout
+def test_mirrored(case, backend, tmp_path):
+    environment = os.environ | {"FREEZEOPS_BACKEND": backend}
+    assert f"{case} passed" in run_script(Path(__file__), [case], environment, tmp_path / "log", seconds=900)
 
 
 def copies(variable):

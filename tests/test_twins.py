@@ -219,7 +219,7 @@ def test_under_xla(layout, dtype):
                 library.mask_slices(slices, indices, table_mask, table, 5),
             )
 
-        outputs = tf.function(step, jit_compile=jit)(tf.constant(gradient), tf.constant(new))
+        outputs = in_mode(step, "jit" if jit else "function")(tf.constant(gradient), tf.constant(new))
         results.append([output.numpy() for output in outputs] + [variable.numpy()])
     for native, twin, plain in zip(*results, strict=True):
         assert_same_bits(native, plain, "native under XLA")
@@ -256,7 +256,7 @@ def test_shapes_under_xla(shape, layout, dtype):
             library.restore_frozen(variable, mask, snapshot, layout)
             return library.mask_gradient(gradient, mask, layout)
 
-        output = tf.function(step, jit_compile=jit)(gradient, new)
+        output = in_mode(step, "jit" if jit else "function")(gradient, new)
         results.append((output.numpy(), variable.numpy()))
     for native, twin in zip(*results, strict=True):
         assert_same_bits(native, twin)
@@ -439,7 +439,7 @@ def test_compact_under_xla(shape, inner, density, dtype):
             library.scatter_trainable(variable, compact, *index, layout)
             return read, compact, *both, library.rank_trainable(bits, *index, layout.kept)
 
-        outputs = tf.function(step, jit_compile=jit)(new)
+        outputs = in_mode(step, "jit" if jit else "function")(new)
         results.append([output.numpy() for output in outputs] + [variable.numpy()])
     for native, twin, plain in zip(*results, strict=True):
         for actual, message in ((native, "native under XLA"), (twin, "twin under XLA")):
