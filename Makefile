@@ -9,8 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# Two at a time: each process of the tests takes about 1.5 GB.
-PYTEST_ARGS ?= -n 2
+# Two at a time: each process of the tests takes about 2 GB. Long tests begin first (tests/conftest.py).
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 # What the installed package depends on: compiled code and build files. Python files are used in place.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt freezeops/_version.py \
