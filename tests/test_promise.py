@@ -83,9 +83,10 @@ class Run:
         return {name: variable.numpy() for name, variable in self.variables.items()}
 
 
-def check(setup, options, mode, dtype="float32"):
+def check(setup, options, mode, dtype="float32", **wrapping):
+    """Trains and compares bits; `wrapping` is what `MaskedOptimizer` is given besides the inner optimizer."""
     run = Run(dtype, finite_odd_values=setup in MIXING)
-    optimizer = fz.MaskedOptimizer(SETUPS[setup](**options))
+    optimizer = fz.MaskedOptimizer(SETUPS[setup](**options), **wrapping)
     variables = list(run.variables.values())
     for name in ("start", "nan", "odd", "bias"):
         optimizer.register_mask(run.variables[name], run.masks[name])

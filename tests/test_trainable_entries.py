@@ -22,7 +22,8 @@ JIT_ULPS = 8
 SHAPES = [(9, 14), (21,)]
 
 
-def train(setup, options, mode, by_hand):
+def train(setup, options, mode, by_hand, **wrapping):
+    """Values before and after of the trainable entries; `wrapping` is what `MaskedOptimizer` is given besides."""
     rng = np.random.default_rng(11)
     masks = [rng.random(shape) < 0.6 for shape in SHAPES]
     variables = [
@@ -31,7 +32,7 @@ def train(setup, options, mode, by_hand):
     first = [variable.numpy() for variable in variables]
     optimizer = SETUPS[setup](**options)
     if not by_hand:
-        optimizer = fz.MaskedOptimizer(optimizer)
+        optimizer = fz.MaskedOptimizer(optimizer, **wrapping)
         for variable, mask in zip(variables, masks, strict=True):
             optimizer.register_mask(variable, mask)
     optimizer.build(variables)
