@@ -11,11 +11,6 @@ import tensorflow as tf
 
 from freezeops import _native
 
-# `clear_session` collects garbage. What TensorFlow and Keras made at import is not looked through again:
-# 0.2 s less for each test.
-gc.collect()
-gc.freeze()
-
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request, monkeypatch):
@@ -33,6 +28,9 @@ def backend(request, monkeypatch):
 def clean_keras():
     """Names counted from zero and the same random numbers in every test."""
     keras.utils.clear_session()
+    # It has collected the garbage. What is left is TensorFlow's and stays, ever more of it: without this, the next
+    # collection would look through it all again, which came to more time than the tests.
+    gc.freeze()
     keras.utils.set_random_seed(1)
     yield
     tf.config.run_functions_eagerly(False)
