@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# Two at a time: each process of the tests takes about 2 GB. Long tests begin first (tests/conftest.py).
+# Two at a time: each process of the tests grows to some 6 GB. Long tests begin first (tests/conftest.py).
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
 # What the installed package depends on: compiled code and build files. Python files are used in place.

@@ -1,6 +1,7 @@
 """Fixtures that every test can use."""
 
 import gc
+import itertools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -24,12 +25,17 @@ def backend(request, monkeypatch):
     return request.param
 
 
+_tests = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def clean_keras():
     """Names counted from zero and the same random numbers in every test."""
+    if next(_tests) % 50 == 0:
+        gc.unfreeze()
     keras.utils.clear_session()
-    # It has collected the garbage. What is left is TensorFlow's and stays, ever more of it: without this, the next
-    # collection would look through it all again, which came to more time than the tests.
+    # It has collected the garbage. What is left is mostly TensorFlow's and stays, ever more of it: without this, the
+    # next collection would look through it all again, which came to more time than the tests.
     gc.freeze()
     keras.utils.set_random_seed(1)
     yield
