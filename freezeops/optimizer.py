@@ -264,7 +264,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
         offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
         if plan.pending:
-            indices[:] = compact.PENDING
+            indices[:] = compact.pending_index(indices.dtype)
         index = TrainableIndex(
             plan.layout,
             bits,

@@ -30,7 +30,7 @@ namespace cuda {
 constexpr int kLanes = 32;
 
 // Before a loop over arrays of constant length, which then are registers and no memory.
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define FREEZEOPS_UNROLL _Pragma("unroll")
 #else
 #define FREEZEOPS_UNROLL

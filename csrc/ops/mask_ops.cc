@@ -4,7 +4,7 @@
 
 #include "kernels/kernels.h"
 #include "ops/cpu_helpers.h"
-#include "ops/layout_attr.h"
+#include "ops/op_checks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 
@@ -74,15 +74,8 @@ class MaskSlicesOp : public OpKernel {
     const Tensor& indices = ctx->input(1);
     const Tensor& mask_tensor = ctx->input(2);
     OP_REQUIRES_OK(ctx, CheckMask(mask_tensor, layout_));
-    OP_REQUIRES(ctx, values.dims() >= 1 && indices.dims() == 1 && values.dim_size(0) == indices.dim_size(0),
-                InvalidArgument("values must have one row for each index. Received: values of shape ",
-                                values.shape().DebugString(), ", indices of shape ", indices.shape().DebugString()));
-    int64_t row_size = 1;
-    for (int i = 1; i < values.dims(); ++i) row_size *= values.dim_size(i);
-    OP_REQUIRES(ctx, rows_ >= 0 && rows_ * row_size == entries(layout_),
-                InvalidArgument("rows times the size of a row must be the ", entries(layout_), " entries of layout ",
-                                LayoutString(layout_), ". Received: rows=", rows_, ", values of shape ",
-                                values.shape().DebugString()));
+    OP_REQUIRES_OK(ctx, CheckSlices(values.shape(), indices.shape(), rows_, layout_));
+    const int64_t row_size = RowSize(values.shape());
     // Indices are checked before anything is written, so that nothing is half done.
     const int64_t slices = indices.dim_size(0);
     const Index* index_of = indices.flat<Index>().data();
