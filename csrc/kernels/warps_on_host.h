@@ -107,7 +107,8 @@ template <typename Body>
 void run_on_host(const Body& body) {
   static thread_local LanesOnHost lanes;
   const int64_t tiles = body.tiles();
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  // Backwards, which no body may rely on either.
+  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     if (Body::kWaits) {
       lanes.run(tile, [&](int lane) { body(HostWarp(&lanes, lane), tile); });
     } else {

@@ -1,4 +1,8 @@
-"""Fixtures: the kernels on the host and, where there is one, on a GPU. Neither TensorFlow nor freezeops is imported."""
+"""Fixtures: the kernels on the host and, where there is one, on a GPU.
+
+Neither TensorFlow nor freezeops is imported here: with `--confcutdir=tests/gpu` (`make test-gpu`) pytest looks at no
+other conftest.py, and the tests need NumPy, pytest, hypothesis, nvcc, and CuPy or PyTorch.
+"""
 
 import sys
 from pathlib import Path
@@ -7,46 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import library
-from arrays import HostArrays, gpu_arrays
-
-
-class Kernels:
-    """A library of kernels and the arrays that it works on."""
-
-    def __init__(self, functions, arrays):
-        self.functions, self.arrays = functions, arrays
-
-    @property
-    def on_gpu(self):
-        return self.arrays.name != "host"
-
-    def put(self, array, offset=0):
-        return self.arrays.put(array, offset)
-
-    def run(self, name, *arguments):
-        """Calls a kernel on the current stream; raises where it could not be started."""
-        error = getattr(self.functions, name)(*arguments, self.arrays.stream)
-        if error:
-            raise RuntimeError(self.functions.fz_error_text(error).decode())
-        self.arrays.synchronize()
-
-
-def on_host():
-    try:
-        return Kernels(library.load(library.host_library()), HostArrays())
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-def on_gpu():
-    try:
-        arrays = gpu_arrays()
-        return Kernels(library.load(library.gpu_library()), arrays)
-    except (FileNotFoundError, RuntimeError) as error:
-        if "failed:" in str(error):
-            raise
-        pytest.skip(str(error))
+from under_test import on_gpu, on_host
 
 
 @pytest.fixture(scope="session", params=["host", "gpu"])
@@ -57,3 +22,8 @@ def kernels(request):
 @pytest.fixture(scope="session")
 def gpu_kernels():
     return on_gpu()
+
+
+@pytest.fixture(autouse=True)
+def clean_keras():
+    """In the place of the other tests' fixture: there is nothing of Keras here."""

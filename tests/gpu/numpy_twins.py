@@ -27,8 +27,8 @@ def mask_slices(
 def rank_offsets(packed: np.ndarray, kept: int, block: int = 2048) -> np.ndarray:
     """The number of ones before each block of bits, and their total."""
     bits = np.unpackbits(packed, count=kept, bitorder="little")
-    counts = [int(bits[i : i + block].sum()) for i in range(0, kept, block)]
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    padded = np.pad(bits, (0, -kept % block)).reshape(-1, block)
+    return np.concatenate([[0], np.cumsum(padded.sum(axis=1, dtype=np.int64))])
 
 
 def indices_of(packed: np.ndarray, kept: int, room: int, dtype: type) -> np.ndarray:

@@ -5,9 +5,9 @@ import ctypes
 import library
 import numpy as np
 import pytest
-from conftest import on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from under_test import on_host
 
 
 @pytest.fixture(scope="module")

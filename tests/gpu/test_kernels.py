@@ -1,6 +1,7 @@
 """The CUDA kernels against NumPy, bit for bit: the same code on the host (always) and on a GPU (where there is one)."""
 
 import ctypes
+import os
 
 import numpy as np
 import numpy_twins as twins
@@ -10,8 +11,13 @@ from hypothesis import strategies as st
 
 INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
+EXAMPLES = int(os.environ.get("FREEZEOPS_TEST_EXAMPLES", 150))
+"""Fewer for compute-sanitizer, more for a thorough search."""
+
+THOROUGH = EXAMPLES > 150
+
 SETTINGS = settings(
-    max_examples=120,
+    max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -88,6 +94,48 @@ def test_masking(kernels, layout, density, runs, width, offset, source_offset, s
     np.testing.assert_array_equal(data.get(), np.where(trainable, old, new))
     np.testing.assert_array_equal(source.get(), new)
     np.testing.assert_array_equal(bits.get(), packed)
+
+
+def check_masking(kernels, layout, packed, width, rng):
+    """All three ways, from arrays that begin at a boundary."""
+    trainable = twins.expand(packed, layout)
+    old, new = (make_values(rng, trainable.size, width) for _ in range(2))
+    bits, source, shape = kernels.put(packed), kernels.put(new), layout_argument(layout)
+    data = [kernels.put(old) for _ in range(3)]
+    kernels.run("fz_zero_frozen", width, data[0].pointer, bits.pointer, shape)
+    kernels.run("fz_copy_and_zero_frozen", width, data[1].pointer, source.pointer, bits.pointer, shape)
+    kernels.run("fz_copy_frozen", width, data[2].pointer, source.pointer, bits.pointer, shape)
+    expected = [twins.zero_frozen(old, trainable), twins.zero_frozen(new, trainable), np.where(trainable, old, new)]
+    for actual, wanted in zip(data, expected, strict=True):
+        np.testing.assert_array_equal(actual.get(), wanted, f"{layout}, {width} bytes, {packed[:40]}")
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_every_length(kernels, width):
+    """All frozen, all trainable, and both; the mask's last bits 0 or 1."""
+    rng = np.random.default_rng(0)
+    for count in [*range(1, 264, 1 if THOROUGH else 9), *range(8, 264, 8), 1016, 1023, 1025, 1032, 4095, 4104]:
+        ones = np.full(-(-count // 8), 0xFF, np.uint8)
+        for packed in (ones, 0 * ones, np.packbits(np.ones(count, bool), bitorder="little")):
+            check_masking(kernels, (1, count, 1), packed, width, rng)
+
+
+SINGLE = [(1, 256, 1), (1, 5000, 1), (1, 300, 7), (5, 3000, 1), (3, 70, 33), (1, 40, 300), (2, 5, 256), (90, 65, 1)]
+
+
+@pytest.mark.parametrize("layout", SINGLE, ids=str)
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_single_bits(kernels, layout, width):
+    """One frozen bit among trainable ones, and the reverse: what looks at several bits at once must see it."""
+    rng = np.random.default_rng(0)
+    kept = layout[1]
+    for bit in np.unique(np.concatenate([np.arange(0, kept, max(kept // 40, 1)), np.arange(min(kept, 70)), [kept - 1]])):
+        if not THOROUGH and bit % 3 and layout != (1, 256, 1):
+            continue
+        flags = np.ones(kept, bool)
+        flags[bit] = False
+        check_masking(kernels, layout, np.packbits(flags, bitorder="little"), width, rng)
+        check_masking(kernels, layout, np.packbits(~flags, bitorder="little"), width, rng)
 
 
 @SETTINGS
