@@ -170,40 +170,41 @@ class Bench:
         ones = np.flatnonzero(flags).astype(np.int32)
         bits, offsets = self.put(case.packed), self.put(rank_offsets(case.packed, case.kept))
         indices = self.put(ones)
-        boolean = self.put(flags).repeat_interleave(case.inner)
+        layout = (ctypes.c_int64 * 3)(1, case.kept, case.inner)
         gradient, variable = (torch.ones(case.entries, device="cuda") for _ in range(2))
+        mask = {"mask": lambda: self.call("fz_zero_frozen", WIDTH, at(gradient), at(bits), layout)}
+        boolean = self.put(flags).repeat_interleave(case.inner)
+        seconds = {"mask": self.time(mask | self.competitors(gradient, boolean), repeats)}
+        # Less memory from here on.
         snapshot = torch.empty_like(gradient)
         compact = torch.empty(ones.size * case.inner, device="cuda")
-        layout = (ctypes.c_int64 * 3)(1, case.kept, case.inner)
-
-        def at(tensor: Any) -> ctypes.c_void_p:
-            return ctypes.c_void_p(tensor.data_ptr())
-
         index = (at(bits), layout, at(offsets), at(indices), 0, ctypes.c_int64(ones.size))
         one = ctypes.c_void_p * 1
-        seconds = {}
-        frozen, zero, floats = ~boolean, torch.zeros((), device="cuda"), boolean.float()
-        seconds["mask"] = self.time(
-            {
-                "mask": lambda: self.call("fz_zero_frozen", WIDTH, at(gradient), at(bits), layout),
-                "where": lambda: torch.where(boolean, gradient, zero),
-                "mul": lambda: gradient.mul_(floats),
-                "fill": lambda: gradient.masked_fill_(frozen, 0.0),
-            },
-            repeats,
-        )
-        del frozen, floats, boolean
+        gather = (WIDTH, 1, one(at(compact)), one(at(gradient)), *index)
+        scatter = (WIDTH, at(variable), at(compact), *index)
         alone = {
-            "gather": lambda: self.call(
-                "fz_gather_trainable", WIDTH, 1, one(at(compact)), one(at(gradient)), *index
-            ),
-            "scatter": lambda: self.call("fz_scatter_trainable", WIDTH, at(variable), at(compact), *index),
+            "gather": lambda: self.call("fz_gather_trainable", *gather),
+            "scatter": lambda: self.call("fz_scatter_trainable", *scatter),
             "remember": lambda: self.call("fz_copy_frozen", WIDTH, at(snapshot), at(variable), at(bits), layout),
             "restore": lambda: self.call("fz_copy_frozen", WIDTH, at(variable), at(snapshot), at(bits), layout),
         }
         for name, function in alone.items():
             seconds[name] = self.time({name: function}, repeats)
         return seconds
+
+    def competitors(self, gradient: Any, boolean: Any) -> dict[str, Callable[[], Any]]:
+        """PyTorch's ways to mask a gradient, over masks that are kept in the form they want."""
+        zero, frozen, floats = self.torch.zeros((), device="cuda"), ~boolean, boolean.float()
+        return {
+            "where": lambda: self.torch.where(boolean, gradient, zero),
+            "mul": lambda: gradient.mul_(floats),
+            "fill": lambda: gradient.masked_fill_(frozen, 0.0),
+        }
+
+
+def at(tensor: Any) -> ctypes.c_void_p:
+    """Where a tensor is."""
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def gpu_facts(torch: Any) -> dict[str, Any]:

@@ -70,7 +70,8 @@ FREEZEOPS_INLINE uint64_t load_bits(const uint8_t* bits, int64_t byte_count, int
   return word;
 }
 
-// --- 32 bits at a time: what a warp looks at --------------------------------------------------------------------------
+// --- 32 bits at a time: what a warp looks at
+// --------------------------------------------------------------------------
 
 FREEZEOPS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -128,7 +129,8 @@ FREEZEOPS_INLINE uint32_t load_repeated(const uint8_t* bits, int64_t kept, int64
   return word;
 }
 
-// Where an entry is in a layout: the mask bit that governs it, and how far into that bit's row of `inner` entries it is.
+// Where an entry is in a layout: the mask bit that governs it, and how far into that bit's row of `inner` entries it
+// is.
 struct RowPosition {
   int64_t bit;
   int64_t offset;

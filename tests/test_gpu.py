@@ -1,4 +1,4 @@
-"""Training on GPUs, through TensorFlow. Skipped where TensorFlow sees none; `tests/gpu` tests the kernels by themselves.
+"""Training on GPUs, through TensorFlow: skipped where it sees none. `tests/gpu` tests the kernels by themselves.
 
 All frozen entries keep their bits, and masks add no copy from the device to the host.
 """

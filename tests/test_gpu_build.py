@@ -123,7 +123,8 @@ def configure(tmp_path):
         # enable_language is for projects only; what is tested comes before it.
         text = CUDA.read_text().replace("enable_language(CUDA)", "").replace("/usr/local/cuda", str(tmp_path / "none"))
         script.write_text(
-            text + '\nmessage(STATUS "${FreezeopsCuda_FOUND} ${CMAKE_CUDA_ARCHITECTURES} ${CMAKE_CUDA_RUNTIME_LIBRARY}")\n'
+            text
+            + '\nmessage(STATUS "${FreezeopsCuda_FOUND} ${CMAKE_CUDA_ARCHITECTURES} ${CMAKE_CUDA_RUNTIME_LIBRARY}")\n'
         )
         tools = tmp_path / "tools"
         tools.mkdir(exist_ok=True)

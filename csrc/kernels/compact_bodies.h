@@ -1,7 +1,7 @@
 // Bodies of the kernels of compact state: gathering and scattering trainable entries; see warps.h.
 //
-// By bits, a warp has a block of 2048 whose rank is known, and counts on from there; each entry's place follows from the
-// mask alone, so nothing depends on the order in which warps run. Where indices take less memory than the bits, and
+// By bits, a warp has a block of 2048 whose rank is known, and counts on from there; each entry's place follows from
+// the mask alone, so nothing depends on the order in which warps run. Where indices take less memory than the bits, and
 // where each bit stands for several entries, entries are found by these.
 
 #ifndef FREEZEOPS_KERNELS_COMPACT_BODIES_H_

@@ -27,9 +27,9 @@ int move_trainable(void* const* compact, void* const* whole, const TrainableInde
     using Index = decltype(type);
     const Index* const indices = static_cast<const Index*>(index.indices);
     if (inner >= kLongRowBytes / static_cast<int64_t>(sizeof(U))) {
-      return launch(CompactRows<U, Index, kArrays, kScatter>{arrays, bits, kept, indices,
-                                                             tile_rows(index.capacity, inner)},
-                    stream);
+      return launch(
+          CompactRows<U, Index, kArrays, kScatter>{arrays, bits, kept, indices, tile_rows(index.capacity, inner)},
+          stream);
     }
     return launch(CompactByIndex<U, Index, kArrays, kScatter>{arrays, bits, kept, inner, indices, index.capacity},
                   stream);
@@ -51,9 +51,8 @@ int gather_trainable(int width, int arrays, void* const* compact, const void* co
 
 int scatter_trainable(int width, void* destination, const void* compact, const TrainableIndex& index, Stream stream) {
   void* const from = const_cast<void*>(compact);
-  return with_width(width, [&](auto zero) {
-    return move_trainable<decltype(zero), 1, true>(&from, &destination, index, stream);
-  });
+  return with_width(
+      width, [&](auto zero) { return move_trainable<decltype(zero), 1, true>(&from, &destination, index, stream); });
 }
 
 int rank_of_bits(int64_t* ranks, const int64_t* bits, int64_t count, const uint8_t* mask, int64_t kept,

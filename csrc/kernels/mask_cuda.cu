@@ -42,10 +42,9 @@ int act_on_slices(int width, void* destination, const void* source, const Slices
       const Index* const indices = static_cast<const Index*>(slices.indices);
       if (slices.row_size >= kLongRowBytes / static_cast<int64_t>(sizeof(U))) {
         const bool bit_per_row = mask.layout.inner % slices.row_size == 0;
-        return launch(
-            MaskSliceRows<U, Index, kAction>{arrays, mask, indices, slices.rows,
-                                             tile_rows(slices.count, slices.row_size), bit_per_row},
-            stream);
+        return launch(MaskSliceRows<U, Index, kAction>{arrays, mask, indices, slices.rows,
+                                                       tile_rows(slices.count, slices.row_size), bit_per_row},
+                      stream);
       }
       return launch(MaskSliceEntries<U, Index, kAction>{arrays, mask, indices, slices.rows, slices.row_size,
                                                         slices.count * slices.row_size},

@@ -78,7 +78,8 @@ int launch(const Body& body, Stream) {
 
 #endif
 
-// --- Moving 16 bytes at a time ----------------------------------------------------------------------------------------
+// --- Moving 16 bytes at a time
+// ----------------------------------------------------------------------------------------
 
 struct alignas(16) Bytes16 {
   uint64_t low;
@@ -108,44 +109,41 @@ FREEZEOPS_INLINE void zero_range(int lane, U* destination, int64_t count) {
   if (tail < count) destination[tail] = 0;
 }
 
+// The lanes of a warp copy `count` values, each of which one lane moves at once. All that are read together are on their
+// way before the first is written.
+template <typename T>
+FREEZEOPS_INLINE void copy_values(int lane, T* destination, const T* source, int64_t count) {
+  constexpr int kAtOnce = 4;
+  int64_t i = lane;
+  for (; i + (kAtOnce - 1) * kLanes < count; i += kAtOnce * kLanes) {
+    T values[kAtOnce];
+    FREEZEOPS_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) values[k] = source[i + k * kLanes];
+    FREEZEOPS_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) destination[i + k * kLanes] = values[k];
+  }
+  for (; i < count; i += kLanes) destination[i] = source[i];
+}
+
 // The lanes of a warp copy `count` entries.
 template <typename U>
 FREEZEOPS_INLINE void copy_range(int lane, U* destination, const U* source, int64_t count) {
   const int64_t past = bytes_past_16(destination);
   if (bytes_past_16(source) != past) {
-    constexpr int kAtOnce = 4;
-    int64_t i = lane;
-    for (; i + (kAtOnce - 1) * kLanes < count; i += kAtOnce * kLanes) {
-      U values[kAtOnce];
-      FREEZEOPS_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) values[k] = source[i + k * kLanes];
-      FREEZEOPS_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) destination[i + k * kLanes] = values[k];
-    }
-    for (; i < count; i += kLanes) destination[i] = source[i];
+    copy_values(lane, destination, source, count);
     return;
   }
   const int64_t head = min64(past == 0 ? 0 : (16 - past) / static_cast<int64_t>(sizeof(U)), count);
   const int64_t vectors = (count - head) / in_bytes16<U>();
   if (lane < head) destination[lane] = source[lane];
-  Bytes16* const to = reinterpret_cast<Bytes16*>(destination + head);
-  const Bytes16* const from = reinterpret_cast<const Bytes16*>(source + head);
-  // All that are read are on their way before the first is written.
-  constexpr int kAtOnce = 4;
-  int64_t v = lane;
-  for (; v + (kAtOnce - 1) * kLanes < vectors; v += kAtOnce * kLanes) {
-    Bytes16 values[kAtOnce];
-    FREEZEOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) values[k] = from[v + k * kLanes];
-    FREEZEOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) to[v + k * kLanes] = values[k];
-  }
-  for (; v < vectors; v += kLanes) to[v] = from[v];
+  copy_values(lane, reinterpret_cast<Bytes16*>(destination + head), reinterpret_cast<const Bytes16*>(source + head),
+              vectors);
   const int64_t tail = head + vectors * in_bytes16<U>() + lane;
   if (tail < count) destination[tail] = source[tail];
 }
 
-// --- Sharing rows out among warps -------------------------------------------------------------------------------------
+// --- Sharing rows out among warps
+// -------------------------------------------------------------------------------------
 
 // Rows at least this long (bytes) are worked on as rows: each lane then has 16 bytes of one.
 constexpr int64_t kLongRowBytes = 512;
@@ -153,9 +151,9 @@ constexpr int64_t kLongRowBytes = 512;
 // Tiles of up to 32 whole rows, or of a piece of one long row.
 struct RowTiling {
   int64_t rows;
-  int64_t row_size;       // entries
-  int64_t rows_in_tile;   // 1 to 32
-  int64_t piece;          // entries of a row in a tile
+  int64_t row_size;      // entries
+  int64_t rows_in_tile;  // 1 to 32
+  int64_t piece;         // entries of a row in a tile
   int64_t pieces_in_row;
 
   struct Tile {

@@ -2,8 +2,8 @@
 //
 // The 32 lanes of a warp are 32 stacks on one thread. Each runs until it waits for the others, in an order that changes
 // from tile to tile, so that a body which relies on lanes being in step shows. Lanes that do not all come to the same
-// call of all() or ballot(), which hangs or worse on a device, end the program. Bodies that never wait (kWaits is false)
-// need no stacks: their lanes run one after the other.
+// call of all() or ballot(), which hangs or worse on a device, end the program. Bodies that never wait (kWaits is
+// false) need no stacks: their lanes run one after the other.
 
 #ifndef FREEZEOPS_KERNELS_WARPS_ON_HOST_H_
 #define FREEZEOPS_KERNELS_WARPS_ON_HOST_H_

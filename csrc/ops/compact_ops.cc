@@ -19,8 +19,6 @@
 namespace freezeops {
 namespace {
 
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
@@ -132,18 +130,15 @@ class ScatterTrainableOp : public CpuCompactOp {
   }
 };
 
-class RankTrainableOp : public OpKernel {
+class RankTrainableOp : public RankOp {
  public:
-  explicit RankTrainableOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("kept", &kept_));
-  }
+  using RankOp::RankOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& bits = ctx->input(0);
     const Tensor& mask = ctx->input(1);
     const Tensor& offsets = ctx->input(2);
-    OP_REQUIRES_OK(ctx, CheckMask(mask, MaskLayout{1, kept_, 1}));
-    OP_REQUIRES_OK(ctx, CheckOffsets(offsets.shape(), kept_));
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
     const int64_t count = bits.NumElements();
     const int64_t* bit = bits.flat<int64_t>().data();
     for (int64_t i = 0; i < count; ++i) {
@@ -162,9 +157,6 @@ class RankTrainableOp : public OpKernel {
       }
     });
   }
-
- private:
-  int64_t kept_ = 0;
 };
 
 #define FREEZEOPS_REGISTER(T)                                                                                       \

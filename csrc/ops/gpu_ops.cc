@@ -6,7 +6,8 @@
 //   - a snapshot is always as long as the variable, and holds nothing at trainable entries;
 //   - indices that are out of range, and offsets that are not those of the mask, are not reported; see
 //     kernels/kernels_cuda.h for what happens instead.
-// A variable's lock is held until the kernel that reads or writes it is started; what follows on the stream comes after.
+// A variable's lock is held until the kernel that reads or writes it is started; what follows on the stream comes
+// after.
 
 #include <vector>
 
@@ -20,8 +21,6 @@
 namespace freezeops {
 namespace {
 
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
@@ -30,47 +29,33 @@ absl::Status LookUp(OpKernelContext* ctx, VarPtr* variable) {
   return LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), variable);
 }
 
-class MaskGradientGpuOp : public OpKernel {
+class MaskGradientGpuOp : public MaskOp {
  public:
-  explicit MaskGradientGpuOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    width_ = tensorflow::DataTypeSize(output_type(0));
-  }
+  using MaskOp::MaskOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& gradient = ctx->input(0);
-    OP_REQUIRES_OK(ctx, CheckMask(ctx->input(1), layout_));
-    OP_REQUIRES_OK(ctx, CheckEntries("gradient", gradient.shape(), layout_));
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
     const void* source = gradient.data();
     Tensor* masked = nullptr;
     OP_REQUIRES_OK(ctx, ctx->forward_input_or_allocate_output({0}, 0, gradient.shape(), &masked));
     if (entries(layout_) == 0) return;
     const MaskView mask = ViewOf(ctx->input(1), layout_);
     const cuda::Stream stream = StreamOf(ctx);
-    OP_REQUIRES_OK(ctx,
-                   Launched(ctx, masked->data() == source
-                                     ? cuda::zero_frozen(width_, masked->data(), mask, stream)
-                                     : cuda::copy_and_zero_frozen(width_, masked->data(), source, mask, stream)));
+    OP_REQUIRES_OK(ctx, Launched(ctx, masked->data() == source
+                                          ? cuda::zero_frozen(width_, masked->data(), mask, stream)
+                                          : cuda::copy_and_zero_frozen(width_, masked->data(), source, mask, stream)));
   }
-
- private:
-  MaskLayout layout_;
-  int width_;
 };
 
-class MaskSlicesGpuOp : public OpKernel {
+class MaskSlicesGpuOp : public SlicesOp {
  public:
-  explicit MaskSlicesGpuOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("rows", &rows_));
-    width_ = tensorflow::DataTypeSize(output_type(0));
-  }
+  using SlicesOp::SlicesOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& values = ctx->input(0);
     const Tensor& indices = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckMask(ctx->input(2), layout_));
-    OP_REQUIRES_OK(ctx, CheckSlices(values.shape(), indices.shape(), rows_, layout_));
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
     const void* source = values.data();
     Tensor* masked = nullptr;
     OP_REQUIRES_OK(ctx, ctx->forward_input_or_allocate_output({0}, 0, values.shape(), &masked));
@@ -80,11 +65,6 @@ class MaskSlicesGpuOp : public OpKernel {
     OP_REQUIRES_OK(ctx, Launched(ctx, cuda::mask_slices(width_, masked->data(), source, slices,
                                                         ViewOf(ctx->input(2), layout_), StreamOf(ctx))));
   }
-
- private:
-  MaskLayout layout_;
-  int64_t rows_ = 0;
-  int width_;
 };
 
 class RememberFrozenGpuOp : public VariableOp {
@@ -100,9 +80,8 @@ class RememberFrozenGpuOp : public VariableOp {
     Tensor* snapshot = nullptr;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({entries(layout_)}), &snapshot));
     if (entries(layout_) == 0) return;
-    OP_REQUIRES_OK(ctx,
-                   Launched(ctx, cuda::copy_frozen(width_, snapshot->data(), variable->tensor()->data(),
-                                                   ViewOf(ctx->input(1), layout_), StreamOf(ctx))));
+    OP_REQUIRES_OK(ctx, Launched(ctx, cuda::copy_frozen(width_, snapshot->data(), variable->tensor()->data(),
+                                                        ViewOf(ctx->input(1), layout_), StreamOf(ctx))));
   }
 };
 
@@ -213,21 +192,18 @@ class ScatterTrainableGpuOp : public CompactGpuOp {
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
     if (compact.NumElements() == 0) return;
     OP_REQUIRES_OK(ctx, UnshareOnGpu(ctx, variable->tensor()));
-    OP_REQUIRES_OK(ctx, Launched(ctx, cuda::scatter_trainable(width_, variable->tensor()->data(), compact.data(),
-                                                              index, StreamOf(ctx))));
+    OP_REQUIRES_OK(ctx, Launched(ctx, cuda::scatter_trainable(width_, variable->tensor()->data(), compact.data(), index,
+                                                              StreamOf(ctx))));
   }
 };
 
-class RankTrainableGpuOp : public OpKernel {
+class RankTrainableGpuOp : public RankOp {
  public:
-  explicit RankTrainableGpuOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("kept", &kept_));
-  }
+  using RankOp::RankOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& bits = ctx->input(0);
-    OP_REQUIRES_OK(ctx, CheckMask(ctx->input(1), MaskLayout{1, kept_, 1}));
-    OP_REQUIRES_OK(ctx, CheckOffsets(ctx->input(2).shape(), kept_));
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
     Tensor* ranks = nullptr;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, bits.shape(), &ranks));
     OP_REQUIRES_OK(ctx, Launched(ctx, cuda::rank_of_bits(ranks->flat<int64_t>().data(), bits.flat<int64_t>().data(),
@@ -235,19 +211,16 @@ class RankTrainableGpuOp : public OpKernel {
                                                          kept_, ctx->input(2).flat<int64_t>().data(),
                                                          ctx->input(3).NumElements() - 1, StreamOf(ctx))));
   }
-
- private:
-  int64_t kept_ = 0;
 };
 
 // Whether a bit is set is not known here, so the slots get buffers of their own wherever a read shares them.
 class SeedSlotsGpuOp : public SeedOp {
  public:
-  explicit SeedSlotsGpuOp(OpKernelConstruction* ctx) : SeedOp(ctx) {
+  explicit SeedSlotsGpuOp(tensorflow::OpKernelConstruction* ctx) : SeedOp(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    OP_REQUIRES(ctx, count() <= cuda::kMostSeededSlots,
-                InvalidArgument("slots must be at most ", cuda::kMostSeededSlots, " on a GPU. Received: ", count(),
-                                " slots"));
+    OP_REQUIRES(
+        ctx, count() <= cuda::kMostSeededSlots,
+        InvalidArgument("slots must be at most ", cuda::kMostSeededSlots, " on a GPU. Received: ", count(), " slots"));
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -297,21 +270,21 @@ class SeedSlotsGpuOp : public SeedOp {
 };
 
 #define FREEZEOPS_GPU(OP) Name("Freezeops>" OP).Device(tensorflow::DEVICE_GPU)
-#define FREEZEOPS_REGISTER(T)                                                                                     \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("MaskGradient").TypeConstraint<T>("T"), MaskGradientGpuOp);               \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("MaskSlices").TypeConstraint<T>("T"), MaskSlicesGpuOp);                   \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("RememberFrozen").HostMemory("variable").TypeConstraint<T>("T"),          \
-                          RememberFrozenGpuOp);                                                                   \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("RestoreFrozen").HostMemory("variable").TypeConstraint<T>("T"),           \
-                          RestoreFrozenGpuOp);                                                                    \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("GatherTrainable").TypeConstraint<T>("T"), GatherTrainableGpuOp);         \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("ReadTrainable").HostMemory("variable").TypeConstraint<T>("T"),           \
-                          ReadTrainableGpuOp);                                                                    \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("TakeTrainable").HostMemory("variable").TypeConstraint<T>("T"),           \
-                          TakeTrainableGpuOp);                                                                    \
-  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("ScatterTrainable").HostMemory("variable").TypeConstraint<T>("T"),        \
-                          ScatterTrainableGpuOp);                                                                 \
-  REGISTER_KERNEL_BUILDER(                                                                                        \
+#define FREEZEOPS_REGISTER(T)                                                                              \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("MaskGradient").TypeConstraint<T>("T"), MaskGradientGpuOp);        \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("MaskSlices").TypeConstraint<T>("T"), MaskSlicesGpuOp);            \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("RememberFrozen").HostMemory("variable").TypeConstraint<T>("T"),   \
+                          RememberFrozenGpuOp);                                                            \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("RestoreFrozen").HostMemory("variable").TypeConstraint<T>("T"),    \
+                          RestoreFrozenGpuOp);                                                             \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("GatherTrainable").TypeConstraint<T>("T"), GatherTrainableGpuOp);  \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("ReadTrainable").HostMemory("variable").TypeConstraint<T>("T"),    \
+                          ReadTrainableGpuOp);                                                             \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("TakeTrainable").HostMemory("variable").TypeConstraint<T>("T"),    \
+                          TakeTrainableGpuOp);                                                             \
+  REGISTER_KERNEL_BUILDER(FREEZEOPS_GPU("ScatterTrainable").HostMemory("variable").TypeConstraint<T>("T"), \
+                          ScatterTrainableGpuOp);                                                          \
+  REGISTER_KERNEL_BUILDER(                                                                                 \
       FREEZEOPS_GPU("SeedSlots").HostMemory("unseeded").HostMemory("slots").TypeConstraint<T>("T"), SeedSlotsGpuOp)
 FREEZEOPS_REGISTER(Eigen::half);
 FREEZEOPS_REGISTER(Eigen::bfloat16);

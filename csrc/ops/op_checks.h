@@ -43,62 +43,31 @@ inline absl::Status CheckVariable(tensorflow::Var* variable, tensorflow::DataTyp
   return CheckEntries("variable", variable->tensor()->shape(), layout);
 }
 
-// Base of the ops that remember and restore frozen entries.
-class VariableOp : public tensorflow::OpKernel {
+// Base of the ops on entries of a layout.
+class LayoutOp : public tensorflow::OpKernel {
  public:
-  explicit VariableOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
+  explicit LayoutOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
     OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
     width_ = tensorflow::DataTypeSize(dtype_);
   }
 
  protected:
-  // The variable's lock is held.
-  absl::Status CheckVariable(tensorflow::Var* variable) const {
-    return freezeops::CheckVariable(variable, dtype_, layout_, "its frozen entries are remembered or restored");
-  }
-
   MaskLayout layout_;
   tensorflow::DataType dtype_;
-  int64_t width_;
+  int width_ = 0;  // bytes of an entry
 };
 
-// Base of the ops of compact state that move entries.
-class CompactOp : public tensorflow::OpKernel {
+// Base of the ops that mask a gradient.
+class MaskOp : public LayoutOp {
  public:
-  explicit CompactOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    OP_REQUIRES(ctx, layout_.outer == 1,
-                InvalidArgument("layout must be one that does not repeat, with outer = 1. Received: layout=",
-                                LayoutString(layout_)));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    width_ = tensorflow::DataTypeSize(dtype_);
-  }
+  using LayoutOp::LayoutOp;
 
  protected:
-  // Inputs `first` and on are the mask, its offsets and the indices.
-  absl::Status CheckIndex(tensorflow::OpKernelContext* ctx, int first) const {
-    TF_RETURN_IF_ERROR(CheckMask(ctx->input(first), layout_));
-    TF_RETURN_IF_ERROR(CheckOffsets(ctx->input(first + 1).shape(), layout_.kept));
-    const tensorflow::Tensor& indices = ctx->input(first + 2);
-    if (indices.dims() == 1) return absl::OkStatus();
-    return InvalidArgument("indices must be a vector. Received: indices of shape ", indices.shape().DebugString());
+  absl::Status CheckInputs(tensorflow::OpKernelContext* ctx) const {
+    TF_RETURN_IF_ERROR(CheckMask(ctx->input(1), layout_));
+    return CheckEntries("gradient", ctx->input(0).shape(), layout_);
   }
-
-  absl::Status CheckCompact(const tensorflow::Tensor& compact, int64_t capacity) const {
-    if (compact.NumElements() == capacity * layout_.inner) return absl::OkStatus();
-    return InvalidArgument("compact must have ", layout_.inner, " entries for each of the ", capacity,
-                           " indices. Received: compact of shape ", compact.shape().DebugString());
-  }
-
-  // The variable's lock is held.
-  absl::Status CheckVariable(tensorflow::Var* variable) const {
-    return freezeops::CheckVariable(variable, dtype_, layout_, "its trainable entries are read or written");
-  }
-
-  MaskLayout layout_;
-  tensorflow::DataType dtype_;
-  int64_t width_;
 };
 
 inline absl::Status CheckRowPerIndex(const tensorflow::TensorShape& values, const tensorflow::TensorShape& indices) {
@@ -122,6 +91,81 @@ inline absl::Status CheckSlices(const tensorflow::TensorShape& values, const ten
   return InvalidArgument("rows times the size of a row must be the ", entries(layout), " entries of layout ",
                          LayoutString(layout), ". Received: rows=", rows, ", values of shape ", values.DebugString());
 }
+
+// Base of the ops that mask slices.
+class SlicesOp : public LayoutOp {
+ public:
+  explicit SlicesOp(tensorflow::OpKernelConstruction* ctx) : LayoutOp(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("rows", &rows_));
+  }
+
+ protected:
+  absl::Status CheckInputs(tensorflow::OpKernelContext* ctx) const {
+    TF_RETURN_IF_ERROR(CheckMask(ctx->input(2), layout_));
+    return CheckSlices(ctx->input(0).shape(), ctx->input(1).shape(), rows_, layout_);
+  }
+
+  int64_t rows_ = 0;
+};
+
+// Base of the ops that remember and restore frozen entries.
+class VariableOp : public LayoutOp {
+ public:
+  using LayoutOp::LayoutOp;
+
+ protected:
+  // The variable's lock is held.
+  absl::Status CheckVariable(tensorflow::Var* variable) const {
+    return freezeops::CheckVariable(variable, dtype_, layout_, "its frozen entries are remembered or restored");
+  }
+};
+
+// Base of the ops of compact state that move entries.
+class CompactOp : public LayoutOp {
+ public:
+  explicit CompactOp(tensorflow::OpKernelConstruction* ctx) : LayoutOp(ctx) {
+    OP_REQUIRES(ctx, layout_.outer == 1,
+                InvalidArgument("layout must be one that does not repeat, with outer = 1. Received: layout=",
+                                LayoutString(layout_)));
+  }
+
+ protected:
+  // Inputs `first` and on are the mask, its offsets and the indices.
+  absl::Status CheckIndex(tensorflow::OpKernelContext* ctx, int first) const {
+    TF_RETURN_IF_ERROR(CheckMask(ctx->input(first), layout_));
+    TF_RETURN_IF_ERROR(CheckOffsets(ctx->input(first + 1).shape(), layout_.kept));
+    const tensorflow::Tensor& indices = ctx->input(first + 2);
+    if (indices.dims() == 1) return absl::OkStatus();
+    return InvalidArgument("indices must be a vector. Received: indices of shape ", indices.shape().DebugString());
+  }
+
+  absl::Status CheckCompact(const tensorflow::Tensor& compact, int64_t capacity) const {
+    if (compact.NumElements() == capacity * layout_.inner) return absl::OkStatus();
+    return InvalidArgument("compact must have ", layout_.inner, " entries for each of the ", capacity,
+                           " indices. Received: compact of shape ", compact.shape().DebugString());
+  }
+
+  // The variable's lock is held.
+  absl::Status CheckVariable(tensorflow::Var* variable) const {
+    return freezeops::CheckVariable(variable, dtype_, layout_, "its trainable entries are read or written");
+  }
+};
+
+// Base of the ops that rank bits.
+class RankOp : public tensorflow::OpKernel {
+ public:
+  explicit RankOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("kept", &kept_));
+  }
+
+ protected:
+  absl::Status CheckInputs(tensorflow::OpKernelContext* ctx) const {
+    TF_RETURN_IF_ERROR(CheckMask(ctx->input(1), MaskLayout{1, kept_, 1}));
+    return CheckOffsets(ctx->input(2).shape(), kept_);
+  }
+
+  int64_t kept_ = 0;
+};
 
 // Locks variables for writing, in the order of their addresses, so that two ops cannot wait for each other.
 class LockAll {

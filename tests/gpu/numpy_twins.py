@@ -14,9 +14,7 @@ def zero_frozen(values: np.ndarray, trainable: np.ndarray) -> np.ndarray:
     return np.where(trainable, values, 0).astype(values.dtype)
 
 
-def mask_slices(
-    values: np.ndarray, indices: np.ndarray, trainable: np.ndarray, rows: int
-) -> np.ndarray:
+def mask_slices(values: np.ndarray, indices: np.ndarray, trainable: np.ndarray, rows: int) -> np.ndarray:
     """Rows out of range are zero."""
     width = values.shape[1]
     by_row = np.concatenate([trainable.reshape(rows, width), np.zeros((1, width), bool)])

@@ -43,10 +43,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def make_bits(rng, kept, density, runs):
     """Packed bits; in runs of equal ones, so that whole groups of entries are frozen or trainable. Junk behind."""
-    if runs > 1:
-        bits = np.repeat(rng.random(kept // runs + 1) < density, runs)[:kept]
-    else:
-        bits = rng.random(kept) < density
+    bits = np.repeat(rng.random(kept // runs + 1) < density, runs)[:kept]
     packed = np.packbits(bits, bitorder="little")
     if kept % 8:
         packed[-1] |= 0xFF << kept % 8 & 0xFF
@@ -129,7 +126,9 @@ def test_single_bits(kernels, layout, width):
     """One frozen bit among trainable ones, and the reverse: what looks at several bits at once must see it."""
     rng = np.random.default_rng(0)
     kept = layout[1]
-    for bit in np.unique(np.concatenate([np.arange(0, kept, max(kept // 40, 1)), np.arange(min(kept, 70)), [kept - 1]])):
+    for bit in np.unique(
+        np.concatenate([np.arange(0, kept, max(kept // 40, 1)), np.arange(min(kept, 70)), [kept - 1]])
+    ):
         if not THOROUGH and bit % 3 and layout != (1, 256, 1):
             continue
         flags = np.ones(kept, bool)
@@ -222,7 +221,7 @@ def test_compact(kernels, layout, density, runs, room, wide, width, offset, seed
     for arrays in (1, 2):
         junk = [kernels.put(make_values(rng, length, width), offset % 3 * width) for _ in range(arrays)]
         kernels.run("fz_gather_trainable", width, arrays, pointers(*junk), pointers(*sources), *index.arguments)
-        for gathered, value in zip(junk, values):
+        for gathered, value in zip(junk, values[:arrays], strict=True):
             np.testing.assert_array_equal(gathered.get(), twins.gather(value, trainable, length))
 
     compact = make_values(rng, length, width)
@@ -285,7 +284,12 @@ def make_slots(rng, size, dtype, count):
     return slots
 
 
-FLOATS = {"float16": (0, np.float32), "bfloat16": (1, np.float32), "float32": (2, np.float32), "float64": (3, np.float64)}
+FLOATS = {
+    "float16": (0, np.float32),
+    "bfloat16": (1, np.float32),
+    "float32": (2, np.float32),
+    "float64": (3, np.float64),
+}
 
 
 def dtype_of(name):
