@@ -32,9 +32,7 @@ struct CompactByBits {
   const int64_t* offsets;
   int64_t capacity;
 
-  FREEZEOPS_METHOD int64_t tiles() const {
-    return rank_blocks(kept) + (kScatter ? 0 : ceil_divide(capacity, kRestInTile));
-  }
+  int64_t tiles() const { return rank_blocks(kept) + (kScatter ? 0 : ceil_divide(capacity, kRestInTile)); }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {
@@ -47,11 +45,12 @@ struct CompactByBits {
     int64_t rank = offsets[tile];
     for (int64_t at = tile * kRankBlockBits; at < end; at += 32 * kWordsAtOnce) {
       uint32_t words[kWordsAtOnce];
+      load_words<kWordsAtOnce>(bits, mask_bytes(kept), at, words);
       uint32_t some = 0;
       uint32_t all = ~uint32_t{0};
       FREEZEOPS_UNROLL
       for (int i = 0; i < kWordsAtOnce; ++i) {
-        words[i] = load_word(bits, mask_bytes(kept), at + 32 * i) & low_bits32(end - at - 32 * i);
+        words[i] &= low_bits32(end - at - 32 * i);
         some |= words[i];
         all &= words[i];
       }
@@ -133,7 +132,7 @@ struct CompactByIndex {
   const Index* indices;
   int64_t capacity;
 
-  FREEZEOPS_METHOD int64_t tiles() const { return ceil_divide(capacity * inner, kTileEntries); }
+  int64_t tiles() const { return ceil_divide(capacity * inner, kTileEntries); }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {
@@ -187,7 +186,7 @@ struct CompactRows {
   const Index* indices;
   RowTiling tiling;  // of the compact array
 
-  FREEZEOPS_METHOD int64_t tiles() const { return tiling.tiles(); }
+  int64_t tiles() const { return tiling.tiles(); }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {
@@ -222,7 +221,7 @@ struct RankOfBits {
   const int64_t* offsets;
   int64_t last;
 
-  FREEZEOPS_METHOD int64_t tiles() const { return ceil_divide(count, kLanes); }
+  int64_t tiles() const { return ceil_divide(count, kLanes); }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {

@@ -42,25 +42,6 @@ FREEZEOPS_INLINE void act_on_range(int lane, const Arrays<U>& arrays, int64_t be
   }
 }
 
-// `kWords` words of a mask from a multiple of 32 bits on.
-template <int kWords>
-FREEZEOPS_INLINE void load_words(const uint8_t* bits, int64_t byte_count, int64_t bit, uint32_t* words) {
-  if (kWords % 4 == 0 && bit / 8 + 4 * kWords <= byte_count && bytes_past_16(bits + bit / 8) == 0) {
-    const Bytes16* const from = reinterpret_cast<const Bytes16*>(bits + bit / 8);
-    FREEZEOPS_UNROLL
-    for (int i = 0; i < kWords / 4; ++i) {
-      const Bytes16 four = from[i];
-      words[4 * i] = static_cast<uint32_t>(four.low);
-      words[4 * i + 1] = static_cast<uint32_t>(four.low >> 32);
-      words[4 * i + 2] = static_cast<uint32_t>(four.high);
-      words[4 * i + 3] = static_cast<uint32_t>(four.high >> 32);
-    }
-    return;
-  }
-  FREEZEOPS_UNROLL
-  for (int i = 0; i < kWords; ++i) words[i] = load_word(bits, byte_count, bit + 32 * i);
-}
-
 // Whether in each group of kGroup (2, 4 or 8) bits of a word all are equal.
 template <int kGroup>
 FREEZEOPS_INLINE bool in_whole_groups(uint32_t word) {
@@ -81,7 +62,7 @@ struct MaskPlain {
   bool aligned;  // to 16 bytes
 
   FREEZEOPS_METHOD int64_t tile_entries() const { return long_tiles ? 4096 : 1024; }
-  FREEZEOPS_METHOD int64_t tiles() const { return ceil_divide(count, tile_entries()); }
+  int64_t tiles() const { return ceil_divide(count, tile_entries()); }
 
   // Whether what the lane looks at of a tile's mask is all ones.
   FREEZEOPS_METHOD bool sees_no_frozen(int64_t begin, int lane) const {
@@ -115,19 +96,16 @@ struct MaskPlain {
       FREEZEOPS_UNROLL
       for (int i = 0; i < kWords; ++i) whole = whole && in_whole_groups<in_bytes16<U>()>(words[i]);
       if (whole) {
-        act_on_vector(group + lane * in_bytes16<U>(), words, lane);
+        act_on_vector(group + lane * in_bytes16<U>());
       } else {
         act_on_entries(group + lane, end, words, lane);
       }
     }
   }
 
-  FREEZEOPS_METHOD void act_on_vector(int64_t entry, const uint32_t* words, int lane) const {
-    const int bit = lane * in_bytes16<U>();
-    uint32_t word = words[0];
-    FREEZEOPS_UNROLL
-    for (int i = 1; i < kWords; ++i) word = bit / 32 == i ? words[i] : word;
-    const bool trainable = word >> (bit % 32) & 1;
+  // The first entry's bit stands for all. It is read again: picked from the words, these would be kept in memory.
+  FREEZEOPS_METHOD void act_on_vector(int64_t entry) const {
+    const bool trainable = bit_is_set(bits, entry);
     if (!writes<kAction>(trainable)) return;
     Bytes16 value{0, 0};
     if (reads<kAction>(trainable)) value = *reinterpret_cast<const Bytes16*>(arrays.source + entry);
@@ -159,7 +137,7 @@ struct MaskRows {
   MaskView mask;
   RowTiling tiling;
 
-  FREEZEOPS_METHOD int64_t tiles() const { return tiling.tiles(); }
+  int64_t tiles() const { return tiling.tiles(); }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {
@@ -186,7 +164,7 @@ struct MaskGeneral {
   Arrays<U> arrays;
   MaskView mask;
 
-  FREEZEOPS_METHOD int64_t tiles() const { return ceil_divide(entries(mask.layout), kTileEntries); }
+  int64_t tiles() const { return ceil_divide(entries(mask.layout), kTileEntries); }
 
   // Whether what the lane looks at of a tile's mask is all ones.
   FREEZEOPS_METHOD bool sees_no_frozen(const RowPosition& start, int length, int lane) const {
@@ -242,7 +220,7 @@ struct MaskSliceRows {
   RowTiling tiling;
   bool bit_per_row;
 
-  FREEZEOPS_METHOD int64_t tiles() const { return tiling.tiles(); }
+  int64_t tiles() const { return tiling.tiles(); }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {
@@ -283,7 +261,7 @@ struct MaskSliceEntries {
   int64_t row_size;
   int64_t count;  // entries of all slices
 
-  FREEZEOPS_METHOD int64_t tiles() const { return ceil_divide(count, kTileEntries); }
+  int64_t tiles() const { return ceil_divide(count, kTileEntries); }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {

@@ -37,7 +37,7 @@ struct SeedDense {
 
   SeedTarget<T, Acc> target;
 
-  FREEZEOPS_METHOD int64_t tiles() const { return ceil_divide(target.arguments.size, 32 * kWordsInTile); }
+  int64_t tiles() const { return ceil_divide(target.arguments.size, 32 * kWordsInTile); }
 
   FREEZEOPS_METHOD uint32_t word_at(int64_t bit) const {
     const SeedArguments& a = target.arguments;
@@ -76,7 +76,7 @@ struct SeedSlices {
   static constexpr bool kWaits = true;
   SeedTarget<T, Acc> target;
 
-  FREEZEOPS_METHOD int64_t tiles() const { return target.arguments.slices; }
+  int64_t tiles() const { return target.arguments.slices; }
 
   template <typename Warp>
   FREEZEOPS_METHOD void operator()(const Warp& warp, int64_t tile) const {

@@ -2,7 +2,7 @@
 //
 // A kernel is a body: a struct of arguments with
 //   static constexpr bool kWaits                             whether its lanes wait for each other
-//   int64_t tiles() const                                    how many parts its work has
+//   int64_t tiles() const                                    how many parts its work has; asked on the host
 //   void operator()(const Warp& warp, int64_t tile) const    what one lane of the warp that has a part does
 // `warp` has lane(), and all() and ballot(), in which all lanes of a warp wait for each other. launch(body, stream)
 // runs it: by nvcc as a kernel of warps that share the tiles out among themselves, and by any other compiler on the
@@ -51,10 +51,9 @@ class DeviceWarp {
 };
 
 template <typename Body>
-__global__ void __launch_bounds__(kLanes* kWarpsInBlock) run_body(const Body body) {
+__global__ void __launch_bounds__(kLanes* kWarpsInBlock) run_body(const Body body, const int64_t tiles) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarpsInBlock;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarpsInBlock + threadIdx.y;
-  const int64_t tiles = body.tiles();
   for (int64_t tile = first; tile < tiles; tile += warps) body(DeviceWarp(), tile);
 }
 
@@ -64,7 +63,7 @@ int launch(const Body& body, Stream stream) {
   const int64_t tiles = body.tiles();
   if (tiles <= 0) return cudaSuccess;
   const int64_t blocks = min64(ceil_divide(tiles, kWarpsInBlock), kMostBlocks);
-  run_body<Body><<<static_cast<unsigned>(blocks), dim3(kLanes, kWarpsInBlock), 0, stream>>>(body);
+  run_body<Body><<<static_cast<unsigned>(blocks), dim3(kLanes, kWarpsInBlock), 0, stream>>>(body, tiles);
   return cudaGetLastError();
 }
 
@@ -96,6 +95,25 @@ FREEZEOPS_INLINE int64_t bytes_past_16(const void* pointer) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer) & 15);
 }
 
+// `kWords` words of a mask from a multiple of 32 bits on.
+template <int kWords>
+FREEZEOPS_INLINE void load_words(const uint8_t* bits, int64_t byte_count, int64_t bit, uint32_t* words) {
+  if (kWords % 4 == 0 && bit / 8 + 4 * kWords <= byte_count && bytes_past_16(bits + bit / 8) == 0) {
+    const Bytes16* const from = reinterpret_cast<const Bytes16*>(bits + bit / 8);
+    FREEZEOPS_UNROLL
+    for (int i = 0; i < kWords / 4; ++i) {
+      const Bytes16 four = from[i];
+      words[4 * i] = static_cast<uint32_t>(four.low);
+      words[4 * i + 1] = static_cast<uint32_t>(four.low >> 32);
+      words[4 * i + 2] = static_cast<uint32_t>(four.high);
+      words[4 * i + 3] = static_cast<uint32_t>(four.high >> 32);
+    }
+    return;
+  }
+  FREEZEOPS_UNROLL
+  for (int i = 0; i < kWords; ++i) words[i] = load_word(bits, byte_count, bit + 32 * i);
+}
+
 // The lanes of a warp set `count` entries to zero.
 template <typename U>
 FREEZEOPS_INLINE void zero_range(int lane, U* destination, int64_t count) {
@@ -109,8 +127,8 @@ FREEZEOPS_INLINE void zero_range(int lane, U* destination, int64_t count) {
   if (tail < count) destination[tail] = 0;
 }
 
-// The lanes of a warp copy `count` values, each of which one lane moves at once. All that are read together are on their
-// way before the first is written.
+// The lanes of a warp copy `count` values, each of which one lane moves at once. All that are read together are on
+// their way before the first is written.
 template <typename T>
 FREEZEOPS_INLINE void copy_values(int lane, T* destination, const T* source, int64_t count) {
   constexpr int kAtOnce = 4;
@@ -163,7 +181,7 @@ struct RowTiling {
     int64_t end;
   };
 
-  FREEZEOPS_METHOD int64_t tiles() const { return ceil_divide(rows, rows_in_tile) * pieces_in_row; }
+  int64_t tiles() const { return ceil_divide(rows, rows_in_tile) * pieces_in_row; }
 
   FREEZEOPS_METHOD Tile at(int64_t tile) const {
     const int64_t group = pieces_in_row == 1 ? tile : tile / pieces_in_row;
