@@ -16,7 +16,7 @@ PYTEST_ARGS ?= -n 2
 
 # What the installed package depends on: compiled code and build files. Python files are used in place.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt freezeops/_version.py \
-	$(wildcard cmake/*) $(wildcard build_backend/*.py) $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
+	$(wildcard cmake/*) $(wildcard build_backend/*.py) $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
 # The Python of a GPU machine: with NumPy, pytest, hypothesis, rich, and CuPy or PyTorch; TensorFlow is not needed.
 GPU_PYTHON ?= $(PYTHON)
@@ -56,13 +56,13 @@ sanitize:
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 	$(PY) -m mypy
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
+	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
 bench: $(STAMP)
 	$(PY) -m pip install --quiet -e '.[bench]'

@@ -114,10 +114,11 @@ def configure(tmp_path):
     if not CUDA.exists():
         pytest.skip("the build files are not here")
 
-    def run(nvcc=None, **environment):
+    def run(nvcc=None, compiles="true", **environment):
         """Runs the module alone, where `nvcc` prints what it is told."""
         if nvcc:
-            (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}'\n")
+            tells = f"echo 'Cuda compilation tools, release {nvcc}'"
+            (tmp_path / "nvcc").write_text(f'#!/bin/sh\n[ "$1" = --version ] || exec {compiles}\n{tells}\n')
             (tmp_path / "nvcc").chmod(0o755)
         script = tmp_path / "script.cmake"
         # enable_language is for projects only; what is tested comes before it.
@@ -132,7 +133,7 @@ def configure(tmp_path):
         clean |= {"PATH": str(tools) + ":/bin", "CUDACXX": str(tmp_path / "nvcc") if nvcc else ""}
         return subprocess.run(
             [cmake, "-DCMAKE_SYSTEM_PREFIX_PATH=", "-P", str(script)],
-            env=clean | environment, capture_output=True, text=True,
+            env=clean | environment, cwd=tmp_path, capture_output=True, text=True,
         )  # fmt: skip
 
     return run
@@ -155,6 +156,13 @@ def test_old_compiler_counts_as_none(configure, setting):
     done = configure("11.8, V11.8.89", FREEZEOPS_CUDA=setting)
     assert (done.returncode != 0) == (setting == "ON")
     assert "is of CUDA 11.8, older than 12.0" in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize("setting", ["AUTO", "ON"])
+def test_compiler_that_does_not_work_counts_as_none(configure, setting):
+    done = configure("13.0, V13.0.88", "false", FREEZEOPS_CUDA=setting)
+    assert (done.returncode != 0) == (setting == "ON")
+    assert "does not compile a small program" in " ".join((done.stdout + done.stderr).split())
 
 
 @pytest.mark.parametrize("release, blackwell", [("12.0, V12.0.76", False), ("12.8, V12.8.61", True)])
