@@ -16,14 +16,14 @@ PYTEST_ARGS ?= -n 2
 
 # What the installed package depends on: compiled code and build files. Python files are used in place.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt freezeops/_version.py \
-	$(wildcard cmake/*) $(wildcard build_backend/*.py) $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
+	$(wildcard cmake/*) $(wildcard build_backend/*.py) $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
 # The Python of a GPU machine: with NumPy, pytest, hypothesis, rich, and CuPy or PyTorch; TensorFlow is not needed.
 GPU_PYTHON ?= $(PYTHON)
-GPU_PYTEST := $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu
+GPU_PYTEST := $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu
 # A quick subset: every kernel, few examples.
 SANITIZE := FREEZEOPS_TEST_EXAMPLES=8 compute-sanitizer --error-exitcode=1 --target-processes=all
-SANITIZED := $(GPU_PYTEST) -k 'gpu and not host and not 31_bits and not failed_launch'
+SANITIZED := $(GPU_PYTEST) tests/gpu/test_kernels.py -k 'not host and not 31_bits and not failed_launch'
 
 .PHONY: all setup demo test test-gpu sanitize lint format bench bench-gpu clean
 
@@ -46,7 +46,7 @@ test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-gpu:
-	$(GPU_PYTEST)
+	$(GPU_PYTEST) tests/gpu
 
 sanitize:
 	$(SANITIZE) --tool=memcheck $(SANITIZED)
