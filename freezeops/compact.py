@@ -266,11 +266,13 @@ class CompactPartition(MaskedPartition):
         masked = transforms.mask_with_bits(gradient, index.mask, self.layout)
         bits_per_row = self.layout.kept // self.variable.shape[0]
         first = tf.cast(masked.indices, tf.int64)[:, None] * bits_per_row
-        bits = tf.reshape(first + tf.range(bits_per_row, dtype=tf.int64)[None, :], [-1])
+        bits = tf.reshape(first + np.arange(bits_per_row, dtype=np.int64)[None, :], [-1])
         # Frozen entries become slices of zeros at some entry's rank.
         ranks = ops.rank_trainable(bits, *index, self.layout.kept)
         values = tf.reshape(masked.values, [-1, *row_shape])
-        return tf.IndexedSlices(values, ranks, tf.constant(list(self._inner.shape), tf.int64))
+        # TensorFlow has shapes of int32 in host memory, where they are wanted.
+        shape = tf.constant(list(self._inner.shape), tf.int32 if self.capacity < 2**31 else tf.int64)
+        return tf.IndexedSlices(values, ranks, shape)
 
     def remember(self, rows: tf.Tensor | None = None) -> list[IndexTensors]:
         del rows
