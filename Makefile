@@ -1,7 +1,9 @@
 # make demo, make test, make lint, make bench: each sets up .venv first where that is needed.
+# make test-gpu, make sanitize, make bench-gpu: on a machine with a GPU and nvcc, without TensorFlow; see docs/gpu.md.
 #
 #   PYTHON=python3.12        the interpreter to make .venv from
 #   TENSORFLOW=tensorflow==2.20.*    the TensorFlow to build for
+#   FREEZEOPS_CUDA=ON, OFF or AUTO   whether CUDA kernels are compiled
 
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow==2.21.*
@@ -16,7 +18,14 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt freezeops/_version.py \
 	$(wildcard cmake/*) $(wildcard build_backend/*.py) $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: all setup demo test lint format bench clean
+# The Python of a GPU machine: with NumPy, pytest, hypothesis, rich, and CuPy or PyTorch; TensorFlow is not needed.
+GPU_PYTHON ?= $(PYTHON)
+GPU_PYTEST := $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu
+# A quick subset: every kernel, few examples.
+SANITIZE := FREEZEOPS_TEST_EXAMPLES=8 compute-sanitizer --error-exitcode=1 --target-processes=all
+SANITIZED := $(GPU_PYTEST) tests/gpu/test_kernels.py -k 'not host and not 31_bits and not failed_launch'
+
+.PHONY: all setup demo test test-gpu sanitize lint format bench bench-gpu clean
 
 all: setup
 setup: $(STAMP)
@@ -36,16 +45,24 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+test-gpu:
+	$(GPU_PYTEST) tests/gpu
+
+sanitize:
+	$(SANITIZE) --tool=memcheck $(SANITIZED)
+	$(SANITIZE) --tool=racecheck $(SANITIZED)
+	$(SANITIZE) --tool=initcheck $(SANITIZED)
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 	$(PY) -m mypy
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
+	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
 bench: $(STAMP)
 	$(PY) -m pip install --quiet -e '.[bench]'
@@ -53,6 +70,9 @@ bench: $(STAMP)
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_sparse.py
 	$(PY) benchmarks/bench_compact.py --plot docs/images
+
+bench-gpu:
+	$(GPU_PYTHON) benchmarks/bench_gpu.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, interleaved timing, facts on the machine, output.
+"""What the benchmarks of TensorFlow share: interleaved timing, facts on the machine; and what is in `_report.py`.
 
 Competitors are timed in rounds, one call of each per round and in another order every
 time, and compared within each round; what is reported is the median over the rounds.
@@ -6,18 +6,14 @@ On a busy machine that was the steadiest of what was tried: differences of minim
 five times as much, because each competitor's luckiest call comes at another time.
 """
 
-import argparse
 import dataclasses
-import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +21,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import tensorflow as tf
-from rich.console import Console
+from _report import machine_facts, parser, repeats_of, show, size_of, table, write
 from rich.table import Table
 
 import freezeops as fz
 from freezeops import ops
 
+__all__ = ["parser", "repeats_of", "size_of", "table"]  # from _report, for the benchmarks
+
 # Each configuration makes functions anew on purpose; TensorFlow would warn of that.
 tf.get_logger().setLevel("ERROR")
 
 MILLISECONDS = 1e3
-
-
-def size_of(text: str) -> int:
-    """`"16M"` is 16 * 2**20, `"64K"` is 64 * 2**10; plain numbers are themselves."""
-    factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
-    size = int(text[:-1] if factor > 1 else text) * factor
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text!r}")
-    return size
-
-
-def parser(description: str, repeats: int) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
-    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--size", type=size_of, default=size_of("16M"), help="entries, such as 16M (the default)")
-    arguments.add_argument("--repeats", type=int, default=repeats, help="rounds of timing")
-    arguments.add_argument("--quick", action="store_true", help="an eighth of the rounds")
-    arguments.add_argument("--json", type=Path, help="file for the results")
-    return arguments
-
-
-def repeats_of(options: argparse.Namespace) -> int:
-    """The number of rounds that the options ask for."""
-    return max(options.repeats // 8, 3) if options.quick else options.repeats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,28 +184,14 @@ def in_fresh_process(script: str, *arguments: str) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """Where and when this ran."""
+    """Where, when and with what this ran."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
+        **machine_facts(),
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "freezeops": fz.__version__,
         "paths": ops.paths(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def mark(text: str, disturbed: bool) -> str:
@@ -249,14 +209,6 @@ def verdict(value: float, target: float | None) -> str:
     return f"[green]{target:.2f} reached[/]" if value <= target else f"[red]{target:.2f} missed[/]"
 
 
-def table(title: str, columns: list[str]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    result = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i == 0 else "right")
-    return result
-
-
 def report(tables: list[Table], notes: list[str], results: dict[str, Any], path: Path | None) -> None:
     """Prints tables and notes, and writes the JSON file.
 
@@ -267,16 +219,10 @@ def report(tables: list[Table], notes: list[str], results: dict[str, Any], path:
         path: The file; `None` for none.
     """
     where = facts()
-    # Outside a terminal a table would be cut to 80 columns.
-    console = Console() if Console().is_terminal else Console(width=140)
-    for each in tables:
-        console.print(each)
-    for note in notes:
-        console.print(note)
-    console.print(
+    machine = (
         f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f}; "
         f"TensorFlow {where['tensorflow']}, Keras {where['keras']}, freezeops {where['freezeops']} "
         f"({where['paths']['mask_gradient']}); {where['date']}"
     )
-    if path is not None:
-        path.write_text(json.dumps({"facts": where, **results}, indent=2) + "\n")
+    show(tables, [*notes, machine])
+    write(path, where, results)

@@ -9,6 +9,7 @@ With `--plot FOLDER`: time against size at fixed density, and against density at
 as compact_size.png and compact_density.png.
 """
 
+import argparse
 import gc
 import json
 import math
@@ -290,7 +291,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--one-process", action="store_true", help="faster, and less comparable")
     # For the processes that `elsewhere` starts.
     for name in TASKS:
-        parser.add_argument(f"--{name}-of", type=json.loads, help=_common.argparse.SUPPRESS)
+        parser.add_argument(f"--{name}-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in TASKS:
         if given := getattr(options, f"{name}_of"):

@@ -10,6 +10,7 @@ Peak memory is the largest resident set (`VmHWM`) of a fresh process that runs a
 of one configuration.
 """
 
+import argparse
 import gc
 import json
 import sys
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--density", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     # For the processes that `peak_elsewhere` starts.
-    parser.add_argument("--memory-of", type=json.loads, help=_common.argparse.SUPPRESS)
+    parser.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.memory_of:
         print(peak_here(*options.memory_of))

@@ -13,8 +13,10 @@
 
 #if defined(__CUDACC__)
 #define FREEZEOPS_INLINE static __host__ __device__ __forceinline__
+#define FREEZEOPS_METHOD __host__ __device__ __forceinline__
 #else
 #define FREEZEOPS_INLINE static inline __attribute__((always_inline, unused))
+#define FREEZEOPS_METHOD inline __attribute__((always_inline))
 #endif
 
 namespace freezeops {
@@ -66,6 +68,99 @@ FREEZEOPS_INLINE uint64_t load_bits(const uint8_t* bits, int64_t byte_count, int
   word >>= shift;
   if (shift != 0 && byte + 8 < byte_count) word |= static_cast<uint64_t>(bits[byte + 8]) << (64 - shift);
   return word;
+}
+
+// --- 32 bits at a time: what a warp looks at
+// --------------------------------------------------------------------------
+
+FREEZEOPS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+FREEZEOPS_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+FREEZEOPS_INLINE int ones_in(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __popc(word);
+#else
+  return __builtin_popcount(word);
+#endif
+}
+
+FREEZEOPS_INLINE int lowest_one(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int>(word)) - 1;
+#else
+  return __builtin_ctz(word);
+#endif
+}
+
+// A word whose lowest `count` bits are set; none for a count below 0.
+FREEZEOPS_INLINE uint32_t low_bits32(int64_t count) {
+  return count >= 32 ? ~uint32_t{0} : count <= 0 ? 0 : (uint32_t{1} << count) - 1;
+}
+
+// The next 32 bits from bit `bit` on, without reading past the `byte_count` bytes of the mask (zeros come instead).
+FREEZEOPS_INLINE uint32_t load_word(const uint8_t* bits, int64_t byte_count, int64_t bit) {
+  const int64_t byte = bit >> 3;
+  const int shift = static_cast<int>(bit & 7);
+  if (shift == 0 && byte + 4 <= byte_count && (reinterpret_cast<uintptr_t>(bits + byte) & 3) == 0) {
+#if defined(__CUDA_ARCH__)
+    return *reinterpret_cast<const uint32_t*>(bits + byte);
+#elif defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    uint32_t word;
+    __builtin_memcpy(&word, bits + byte, 4);
+    return word;
+#endif
+  }
+  uint64_t five = 0;
+  for (int i = 0; i < 5 && byte + i < byte_count; ++i) five |= static_cast<uint64_t>(bits[byte + i]) << (8 * i);
+  return static_cast<uint32_t>(five >> shift);
+}
+
+// The next `count` <= 32 bits from bit `bit` < kept on of a mask that repeats without end: bit `kept` is bit 0 again.
+FREEZEOPS_INLINE uint32_t load_repeated(const uint8_t* bits, int64_t kept, int64_t bit, int count) {
+  const int64_t byte_count = mask_bytes(kept);
+  uint32_t word = 0;
+  for (int filled = 0; filled < count;) {
+    const int taken = static_cast<int>(min64(count - filled, kept - bit));
+    word |= (load_word(bits, byte_count, bit) & low_bits32(taken)) << filled;
+    filled += taken;
+    bit = 0;
+  }
+  return word;
+}
+
+// Where an entry is in a layout: the mask bit that governs it, and how far into that bit's row of `inner` entries it
+// is.
+struct RowPosition {
+  int64_t bit;
+  int64_t offset;
+};
+
+FREEZEOPS_INLINE RowPosition position_of(const MaskLayout& layout, int64_t entry) {
+  const int64_t row = entry / layout.inner;
+  return RowPosition{layout.outer == 1 ? row : row % layout.kept, entry - row * layout.inner};
+}
+
+// The bit of the entry that comes `ahead` after one at `position`; ahead + inner must be below 2^31. One division of
+// 32 bits, where bit_of_entry takes two of 64.
+FREEZEOPS_INLINE int64_t bit_ahead(const MaskLayout& layout, const RowPosition& position, int ahead) {
+  const uint32_t passed = static_cast<uint32_t>(position.offset + ahead);
+  const uint32_t rows = layout.inner == 1 ? passed : passed / static_cast<uint32_t>(layout.inner);
+  const int64_t bit = position.bit + rows;
+  if (bit < layout.kept) return bit;
+  // Past the end at most once, unless the mask is short.
+  const int64_t again = bit - layout.kept;
+  return again < layout.kept ? again : static_cast<uint32_t>(again) % static_cast<uint32_t>(layout.kept);
+}
+
+// The number of ones before `bit`, given those before each block; bit <= kept.
+FREEZEOPS_INLINE int64_t rank_of_bit(const uint8_t* bits, int64_t kept, const int64_t* offsets, int64_t bit) {
+  const int64_t block = bit / kRankBlockBits;
+  int64_t rank = offsets[block];
+  for (int64_t at = block * kRankBlockBits; at < bit; at += 32) {
+    rank += ones_in(load_word(bits, mask_bytes(kept), at) & low_bits32(bit - at));
+  }
+  return rank;
 }
 
 }  // namespace freezeops

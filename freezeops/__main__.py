@@ -19,6 +19,29 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _cuda_rows(diagnosis: _native.Diagnosis) -> list[tuple[str, str]]:
+    """What there is to say about GPUs."""
+    kernels = diagnosis.cuda
+    gpus = [f"{gpu.name} (compute capability {gpu.capability / 10})" for gpu in diagnosis.gpus]
+    sees = ("GPUs that TensorFlow sees", ", ".join(gpus) or "none")
+    if kernels is None:
+        return [("CUDA kernels", "no"), sees]
+    architectures = ", ".join(f"{each / 10}" for each in kernels.architectures)
+    ptx = ", ".join(f"{each / 10}" for each in kernels.ptx)
+    driver = f"supports CUDA {ops.cuda_version(kernels.driver)}" if kernels.driver else "none found"
+    if not gpus:
+        verdict = "no GPU to run them on"
+    else:
+        verdict = ops.gpu_problem(kernels, diagnosis.gpus) or "driver and GPU are new enough"
+    return [
+        ("CUDA kernels", f"yes, for compute capabilities {architectures} and, as PTX of {ptx}, newer ones"),
+        ("compiled for", f"CUDA {ops.cuda_version(kernels.runtime)} ({kernels.compiler})"),
+        ("GPU driver", driver),
+        sees,
+        ("can they run", verdict),
+    ]
+
+
 def main() -> int:
     """Prints the diagnosis. Returns the exit status."""
     console = Console()
@@ -45,7 +68,8 @@ def main() -> int:
     settings = _table("In use", "what", "value")
     settings.add_row("FREEZEOPS_BACKEND", diagnosis.backend)
     settings.add_row("instruction set", diagnosis.isa or "none (no compiled ops in use)")
-    settings.add_row("CUDA kernels", "yes" if diagnosis.cuda else "no")
+    for row in _cuda_rows(diagnosis):
+        settings.add_row(*row)
     settings.add_row("host module", diagnosis.host)
     console.print(settings)
 

@@ -7,6 +7,7 @@ a library everything works on the reference twins; a warning says so once.
 
 import ctypes
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -51,6 +52,39 @@ class LibraryReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class CudaKernels:
+    """The CUDA kernels of the library in use, and what there is to run them.
+
+    Attributes:
+        compiler: What they were compiled by.
+        architectures: Compute capabilities that there is machine code for, as 10 * major + minor.
+        ptx: Those that there is PTX for, which newer GPUs take as well.
+        runtime: The CUDA version they were compiled for, as 1000 * major + 10 * minor.
+        driver: The newest that the driver of this machine supports; 0 where there is no driver.
+    """
+
+    compiler: str
+    architectures: tuple[int, ...]
+    ptx: tuple[int, ...]
+    runtime: int
+    driver: int
+
+    def run_on(self, capability: int) -> bool:
+        """Whether a GPU of a compute capability can run them."""
+        # Machine code is for one major version, from its minor version on.
+        same_major = (each for each in self.architectures if each // 10 == capability // 10)
+        return any(each <= capability for each in (*same_major, *self.ptx))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU that TensorFlow sees: its name, and its compute capability as 10 * major + minor (0: not known)."""
+
+    name: str
+    capability: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Diagnosis:
     """What `python -m freezeops` prints: versions, libraries, and what is in use.
 
@@ -60,7 +94,8 @@ class Diagnosis:
         libraries: Every library of ops found, with why each was loaded or refused.
         host: Whether the host module (`freezeops._host`) is in use, or why it is not.
         isa: The instruction set the CPU kernels chose, None if no library is in use.
-        cuda: Whether the library in use has CUDA kernels.
+        cuda: The CUDA kernels of the library in use; None if it has none.
+        gpus: The GPUs that TensorFlow sees.
     """
 
     versions: dict[str, str]
@@ -68,7 +103,8 @@ class Diagnosis:
     libraries: list[LibraryReport]
     host: str
     isa: str | None
-    cuda: bool
+    cuda: CudaKernels | None
+    gpus: tuple[Gpu, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +252,39 @@ def has_cuda() -> bool:
     return used is not None and bool(used.build.get("cuda"))
 
 
+def cuda_kernels() -> CudaKernels | None:
+    """The CUDA kernels of the ops in use; None if these have none. Needs no driver."""
+    used = _outcome().used if has_cuda() else None
+    return None if used is None else _read_cuda_kernels(used)
+
+
+def _read_cuda_kernels(used: LibraryReport) -> CudaKernels:
+    return CudaKernels(
+        compiler=used.build.get("cuda_compiler", ""),
+        architectures=tuple(used.build.get("cuda_architectures", ())),
+        ptx=tuple(used.build.get("cuda_ptx", ())),
+        runtime=_library_number(used.path, "freezeops_cuda_runtime_version"),
+        driver=_library_number(used.path, "freezeops_cuda_driver_version"),
+    )
+
+
+@functools.cache
+def _library_number(library: Path, function: str) -> int:
+    return int(getattr(ctypes.CDLL(str(library)), function)())
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs that TensorFlow sees and may use."""
+    import tensorflow as tf
+
+    found = []
+    for device in tf.config.get_visible_devices("GPU"):
+        details = tf.config.experimental.get_device_details(device)
+        major, minor = details.get("compute_capability", (0, 0))
+        found.append(Gpu(details.get("device_name", device.name), 10 * major + minor))
+    return tuple(found)
+
+
 def _isa(library: Path) -> str:
     function = ctypes.CDLL(str(library)).freezeops_isa
     function.restype = ctypes.c_char_p
@@ -248,7 +317,7 @@ def diagnosis() -> Diagnosis:
             dataclasses.replace(report, reason=report.reason or "not loaded: FREEZEOPS_BACKEND=reference")
             for report in (_examine(path, tf.__version__) for path in sorted(_DIRECTORY.glob("libfreezeops_tf*.so")))
         ]
-        return Diagnosis(versions, backend, reports, "not in use: FREEZEOPS_BACKEND=reference", None, False)
+        return Diagnosis(versions, backend, reports, "not in use: FREEZEOPS_BACKEND=reference", None, None, gpus())
     outcome = _outcome()
     isa = _isa(outcome.used.path) if outcome.used else None
-    return Diagnosis(versions, backend, outcome.reports, _import_host()[1], isa, has_cuda())
+    return Diagnosis(versions, backend, outcome.reports, _import_host()[1], isa, cuda_kernels(), gpus())

@@ -134,8 +134,9 @@ def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int,
     return (capacity, *shape[row:])
 
 
-PENDING = -1
-"""An index that stands for a mask which is still to come."""
+def pending_index(dtype: np.dtype) -> np.generic:
+    """An index that stands for a mask which is still to come: the largest of all."""
+    return dtype.type(np.iinfo(dtype).max)
 
 
 def pending_message(path: str) -> str:
@@ -161,7 +162,9 @@ class TrainableIndex:
         layout: Layout of the bits, `(1, kept, inner)`.
         bits: `uint8` variable of the packed mask.
         offsets: `int64` variable of rank offsets; see `reference.rank_offsets`.
-        indices: `int32` or `int64` variable of the positions of the ones, as long as the capacity.
+        indices: `uint32` or `int64` variable of the positions of the ones, as long as the capacity. Not
+            `int32`, of which TensorFlow keeps variables on the host only: they would be sent to a GPU
+            in every step.
     """
 
     def __init__(self, layout: Layout, bits: keras.Variable, offsets: keras.Variable, indices: keras.Variable):
@@ -174,7 +177,7 @@ class TrainableIndex:
     def arrays(packed: np.ndarray, layout: Layout, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         """Rank offsets and indices of a packed mask with at most `capacity` ones."""
         wide = layout.kept + capacity > np.iinfo(np.int32).max
-        indices = layout.kept + np.arange(capacity, dtype=np.int64 if wide else np.int32)
+        indices = layout.kept + np.arange(capacity, dtype=np.int64 if wide else np.uint32)
         ones = ops.bit_indices(packed, layout.kept)
         indices[: ones.size] = ones
         return reference.rank_offsets(packed, layout.kept), indices
@@ -212,7 +215,7 @@ class CompactPartition(MaskedPartition):
         variable: The model's variable.
         index: Which of its entries are trainable.
         inner: What the inner optimizer owns, of the shape that `inner_shape` gives.
-        pending: Whether the mask is still to come: its indices are `PENDING` until then.
+        pending: Whether the mask is still to come: its indices are `pending_index` until then.
     """
 
     way = "compact"
@@ -263,11 +266,13 @@ class CompactPartition(MaskedPartition):
         masked = transforms.mask_with_bits(gradient, index.mask, self.layout)
         bits_per_row = self.layout.kept // self.variable.shape[0]
         first = tf.cast(masked.indices, tf.int64)[:, None] * bits_per_row
-        bits = tf.reshape(first + tf.range(bits_per_row, dtype=tf.int64)[None, :], [-1])
+        bits = tf.reshape(first + np.arange(bits_per_row, dtype=np.int64)[None, :], [-1])
         # Frozen entries become slices of zeros at some entry's rank.
         ranks = ops.rank_trainable(bits, *index, self.layout.kept)
         values = tf.reshape(masked.values, [-1, *row_shape])
-        return tf.IndexedSlices(values, ranks, tf.constant(list(self._inner.shape), tf.int64))
+        # TensorFlow has shapes of int32 in host memory, where they are wanted.
+        shape = tf.constant(list(self._inner.shape), tf.int32 if self.capacity < 2**31 else tf.int64)
+        return tf.IndexedSlices(values, ranks, shape)
 
     def remember(self, rows: tf.Tensor | None = None) -> list[IndexTensors]:
         del rows
@@ -312,7 +317,8 @@ class CompactPartition(MaskedPartition):
             return
         with tf.init_scope():
             # A checkpoint may have set it.
-            self._pending = bool(numpy_of(self.index.indices)[0] == PENDING)
+            indices = numpy_of(self.index.indices)
+            self._pending = bool(indices[0] == pending_index(indices.dtype))
         if self._pending:
             raise ValueError(pending_message(self.path))
 

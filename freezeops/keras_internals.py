@@ -73,15 +73,16 @@ def state_variable(values: np.ndarray, name: str) -> keras.Variable:
     """A non-trainable variable of integers, mirrored under a `tf.distribute.Strategy`.
 
     Where there are several workers, it begins with the chief's values in all of them, as
-    other variables do. TensorFlow 2.21 cannot broadcast bytes, so they travel as integers
-    and the variable itself is created as if there were one worker.
+    other variables do. TensorFlow 2.21 cannot broadcast unsigned integers, so they travel as
+    signed ones and the variable itself is created as if there were one worker.
     """
     extended = tf.distribute.get_strategy().extended
-    workers = getattr(extended, "_num_workers", 1) if values.dtype == np.uint8 else 1
+    workers = getattr(extended, "_num_workers", 1) if values.dtype.kind == "u" else 1
     if workers > 1:
-        padded = np.pad(values, (0, -len(values) % 4)).view(np.int32)
+        content = values.view(np.uint8)
+        padded = np.pad(content, (0, -len(content) % 4)).view(np.int32)
         sent = tf.Variable(padded, trainable=False).values[0].numpy()
-        values = sent.view(np.uint8)[: len(values)]
+        values = sent.view(np.uint8)[: len(content)].view(values.dtype)
         extended._num_workers = 1
     try:
         return keras.Variable(

@@ -7,6 +7,7 @@ every call, so at trace time inside `tf.function`.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -52,9 +53,66 @@ def _reason_for_reference() -> str | None:
         return "FREEZEOPS_BACKEND=reference"
     if _native.op_library() is None:
         return "no library for the running TensorFlow"
-    if not _native.has_cuda() and tf.config.list_logical_devices("GPU"):
-        return "a GPU is visible and the library has no CUDA kernels"
+    if tf.config.list_logical_devices("GPU"):
+        if not _native.has_cuda():
+            return "a GPU is visible and the library has no CUDA kernels"
+        return _too_old_for_cuda()
     return None
+
+
+_too_old: dict[_native.CudaKernels, str | None] = {}
+
+
+def _too_old_for_cuda() -> str | None:
+    """Why the CUDA kernels cannot run on the GPUs here, or None if they can. Warns the first time that they cannot."""
+    kernels = _native.cuda_kernels()
+    assert kernels is not None
+    if kernels not in _too_old:
+        _too_old[kernels] = problem = gpu_problem(kernels, _native.gpus())
+        if problem:
+            warnings.warn(
+                f"freezeops has CUDA kernels that cannot run here and uses the slower reference ops, with the same "
+                f"results: {problem} To do without the kernels and without this warning, set "
+                "FREEZEOPS_BACKEND=reference.",
+                UserWarning,
+                stacklevel=5,
+            )
+    return _too_old[kernels]
+
+
+def gpu_problem(kernels: _native.CudaKernels, gpus: Sequence[_native.Gpu]) -> str | None:
+    """Why kernels cannot run on GPUs, with the remedy, or None if they can.
+
+    Asked before the first launch, which would fail.
+
+    Args:
+        kernels: The CUDA kernels and the driver.
+        gpus: The GPUs that TensorFlow sees.
+
+    Returns:
+        A sentence or two.
+    """
+    needed, supported = kernels.runtime // 1000, kernels.driver // 1000
+    if supported < needed:
+        return (
+            f"the driver supports CUDA {cuda_version(kernels.driver)} and they were compiled for CUDA "
+            f"{cuda_version(kernels.runtime)}. Install a driver for CUDA {needed} or newer, or build freezeops with "
+            f"the compiler of CUDA {max(supported, 12)}."
+        )
+    for gpu in gpus:
+        if gpu.capability and not kernels.run_on(gpu.capability):
+            built_for = ", ".join(f"{each / 10}" for each in kernels.architectures)
+            return (
+                f"{gpu.name} has compute capability {gpu.capability / 10} and they were compiled for {built_for}. "
+                f"Build freezeops with FREEZEOPS_CUDA_ARCHITECTURES={gpu.capability}, and a CUDA compiler that knows "
+                "this GPU."
+            )
+    return None
+
+
+def cuda_version(number: int) -> str:
+    """1000 * major + 10 * minor as people write it."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _library() -> ModuleType | None:

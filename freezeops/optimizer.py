@@ -264,7 +264,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
         offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
         if plan.pending:
-            indices[:] = compact.PENDING
+            indices[:] = compact.pending_index(indices.dtype)
         index = TrainableIndex(
             plan.layout,
             bits,
@@ -569,13 +569,11 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         """Fails, as a traced step begins, where `repack` took away a mask that it was traced with."""
         if self.state == "full" or tf.executing_eagerly():
             return []
+        message = "the masks must be in use still: a function that was traced before `repack` must be traced again"
+        # Not `assert_equal`, which reduces on a GPU what it then waits for. Lengths are in host memory.
+        lengths = [(keras_internals.length_now(part.bits), part.layout) for part in self._masked_partitions()]
         return [
-            tf.debugging.assert_equal(
-                keras_internals.length_now(part.bits),
-                part.layout.packed_bytes,
-                "the masks must be in use still: a function that was traced before `repack` must be traced again",
-            )
-            for part in self._masked_partitions()
+            tf.debugging.Assert(tf.equal(length, layout.packed_bytes), [message, length]) for length, layout in lengths
         ]
 
     def _frozen_entries(

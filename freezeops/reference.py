@@ -187,8 +187,9 @@ def gather_trainable(
         source: Float tensor of `layout.size` entries.
         mask: Packed bits.
         offsets: `int64` vector, see `rank_offsets`. Not looked at here: the indices say the same.
-        indices: `int32` or `int64` vector as long as the capacity: the positions of the ones among
-            the bits, ascending, and from their number on anything that is at least `layout.kept`.
+        indices: `int32`, `uint32` (below 2**31) or `int64` vector as long as the capacity: the
+            positions of the ones among the bits, ascending, and from their number on anything that
+            is at least `layout.kept`.
         layout: `(1, kept, inner)`.
 
     Returns:
@@ -196,6 +197,7 @@ def gather_trainable(
     """
     del offsets
     kept, inner = layout.kept, layout.inner
+    indices = _signed(indices)
     capacity = indices.shape[0]
     if not kept or not capacity:
         return tf.zeros([capacity * inner], source.dtype)
@@ -236,6 +238,7 @@ def scatter_trainable(
     """Writes the trainable entries of a variable; the reverse of `read_trainable`."""
     del offsets
     kept, inner = layout.kept, layout.inner
+    indices = _signed(indices)
     capacity = indices.shape[0]
     if not layout.size or not capacity:
         return
@@ -268,6 +271,12 @@ def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices
     del mask, offsets, kept
     ranks = tf.searchsorted(tf.cast(indices, tf.int64), bits, out_type=tf.int64)
     return tf.clip_by_value(ranks, 0, max(indices.shape[0] - 1, 0))
+
+
+def _signed(indices: tf.Tensor) -> tf.Tensor:
+    """Indices of a type that TensorFlow's ops take."""
+    indices = tf.convert_to_tensor(indices)
+    return tf.bitcast(indices, tf.int32) if indices.dtype == tf.uint32 else indices
 
 
 def _valid(indices: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:

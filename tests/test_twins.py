@@ -350,7 +350,7 @@ COMPACT_LAYOUTS = st.one_of(
 def index_of(packed, layout, room):
     """Mask, rank offsets and indices as a compact variable keeps them, with room for more entries."""
     ones = reference.bit_indices(packed, layout.kept)
-    indices = np.concatenate([ones, layout.kept + np.arange(room)]).astype(np.int32)
+    indices = np.concatenate([ones, layout.kept + np.arange(room)]).astype(np.uint32)
     return (
         tf.constant(packed),
         tf.constant(reference.rank_offsets(packed, layout.kept)),

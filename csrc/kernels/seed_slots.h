@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "mask_layout.h"
+
 namespace freezeops {
 
 // One slot of a variable. Acc is what T is calculated in: float for 16-bit floats.
@@ -21,7 +23,7 @@ struct SlotSeed {
 
 // Seeds one entry, whose bit is set. Returns whether the bit is to be cleared.
 template <typename T, typename Acc>
-inline bool SeedEntry(const SlotSeed<T, Acc>* slots, int count, int64_t entry, Acc gradient, Acc square) {
+FREEZEOPS_INLINE bool SeedEntry(const SlotSeed<T, Acc>* slots, int count, int64_t entry, Acc gradient, Acc square) {
   if (static_cast<Acc>(slots[0].data[entry]) == Acc(0)) {
     for (int i = 0; i < count; ++i) {
       slots[i].data[entry] = static_cast<T>(slots[i].scale * (slots[i].power == 2 ? square : gradient));

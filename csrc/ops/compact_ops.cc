@@ -10,7 +10,7 @@
 #include "kernels/kernels.h"
 #include "kernels/trainable_parts.h"
 #include "ops/cpu_helpers.h"
-#include "ops/layout_attr.h"
+#include "ops/op_checks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/framework/resource_mgr.h"
@@ -19,8 +19,6 @@
 namespace freezeops {
 namespace {
 
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
@@ -31,28 +29,17 @@ absl::Status OffsetsError(const TrainableParts& parts) {
                          parts.total());
 }
 
-class CompactOp : public OpKernel {
+class CpuCompactOp : public CompactOp {
  public:
-  explicit CompactOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    OP_REQUIRES(ctx, layout_.outer == 1,
-                InvalidArgument("layout must be one that does not repeat, with outer = 1. Received: layout=",
-                                LayoutString(layout_)));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    width_ = tensorflow::DataTypeSize(dtype_);
-  }
+  using CompactOp::CompactOp;
 
  protected:
   // Inputs `first` and on are the mask, its offsets and the indices.
   absl::Status MakeParts(OpKernelContext* ctx, int first, std::unique_ptr<TrainableParts>* parts) const {
+    TF_RETURN_IF_ERROR(CheckIndex(ctx, first));
     const Tensor& mask = ctx->input(first);
     const Tensor& offsets = ctx->input(first + 1);
     const Tensor& indices = ctx->input(first + 2);
-    TF_RETURN_IF_ERROR(CheckMask(mask, layout_));
-    TF_RETURN_IF_ERROR(CheckOffsets(offsets.shape(), layout_.kept));
-    if (indices.dims() != 1) {
-      return InvalidArgument("indices must be a vector. Received: indices of shape ", indices.shape().DebugString());
-    }
     *parts = std::make_unique<TrainableParts>(
         ViewOf(mask, layout_), offsets.flat<int64_t>().data(),
         TrainableIndices{indices.data(), indices.dtype() == tensorflow::DT_INT64}, indices.dim_size(0),
@@ -76,32 +63,11 @@ class CompactOp : public OpKernel {
     }
     OP_REQUIRES(ctx, compact.empty() || parts.Gather(compact, whole, width_), OffsetsError(parts));
   }
-
-  // The variable's lock is held.
-  absl::Status CheckVariable(Var* variable) const {
-    if (!variable->is_initialized || !variable->tensor()->IsInitialized()) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "variable must be initialized before its trainable entries are read or written. Received: an uninitialized "
-          "variable; its layout is ",
-          LayoutString(layout_)));
-    }
-    if (variable->tensor()->dtype() != dtype_) {
-      return InvalidArgument("variable must be of dtype ", tensorflow::DataTypeString(dtype_),
-                             ". Received: a variable of dtype ",
-                             tensorflow::DataTypeString(variable->tensor()->dtype()), " and shape ",
-                             variable->tensor()->shape().DebugString());
-    }
-    return CheckEntries("variable", variable->tensor()->shape(), layout_);
-  }
-
-  MaskLayout layout_;
-  tensorflow::DataType dtype_;
-  int64_t width_;
 };
 
-class GatherTrainableOp : public CompactOp {
+class GatherTrainableOp : public CpuCompactOp {
  public:
-  using CompactOp::CompactOp;
+  using CpuCompactOp::CpuCompactOp;
 
   void Compute(OpKernelContext* ctx) override {
     OP_REQUIRES_OK(ctx, CheckEntries("source", ctx->input(0).shape(), layout_));
@@ -111,9 +77,9 @@ class GatherTrainableOp : public CompactOp {
   }
 };
 
-class ReadTrainableOp : public CompactOp {
+class ReadTrainableOp : public CpuCompactOp {
  public:
-  using CompactOp::CompactOp;
+  using CpuCompactOp::CpuCompactOp;
 
   void Compute(OpKernelContext* ctx) override {
     tensorflow::core::RefCountPtr<Var> variable;
@@ -126,9 +92,9 @@ class ReadTrainableOp : public CompactOp {
   }
 };
 
-class TakeTrainableOp : public CompactOp {
+class TakeTrainableOp : public CpuCompactOp {
  public:
-  using CompactOp::CompactOp;
+  using CpuCompactOp::CpuCompactOp;
 
   void Compute(OpKernelContext* ctx) override {
     tensorflow::core::RefCountPtr<Var> variable;
@@ -142,9 +108,9 @@ class TakeTrainableOp : public CompactOp {
   }
 };
 
-class ScatterTrainableOp : public CompactOp {
+class ScatterTrainableOp : public CpuCompactOp {
  public:
-  using CompactOp::CompactOp;
+  using CpuCompactOp::CpuCompactOp;
 
   void Compute(OpKernelContext* ctx) override {
     tensorflow::core::RefCountPtr<Var> variable;
@@ -152,14 +118,11 @@ class ScatterTrainableOp : public CompactOp {
     const Tensor& compact = ctx->input(1);
     std::unique_ptr<TrainableParts> parts;
     OP_REQUIRES_OK(ctx, MakeParts(ctx, 2, &parts));
-    const int64_t inner = layout_.inner;
-    OP_REQUIRES(ctx, compact.NumElements() == parts->capacity() * inner,
-                InvalidArgument("compact must have ", inner, " entries for each of the ", parts->capacity(),
-                                " indices. Received: compact of shape ", compact.shape().DebugString()));
+    OP_REQUIRES_OK(ctx, CheckCompact(compact, parts->capacity()));
 
     tensorflow::mutex_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
-    if (parts->total() == 0 || inner == 0) return;
+    if (parts->total() == 0 || layout_.inner == 0) return;
     Tensor* const value = variable->tensor();
     // In copy-on-read mode no read shares the buffer, otherwise one that does must not see this write.
     if (!value->RefCountIsOne()) OP_REQUIRES_OK(ctx, Unshare(ctx, value));
@@ -167,18 +130,15 @@ class ScatterTrainableOp : public CompactOp {
   }
 };
 
-class RankTrainableOp : public OpKernel {
+class RankTrainableOp : public RankOp {
  public:
-  explicit RankTrainableOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("kept", &kept_));
-  }
+  using RankOp::RankOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& bits = ctx->input(0);
     const Tensor& mask = ctx->input(1);
     const Tensor& offsets = ctx->input(2);
-    OP_REQUIRES_OK(ctx, CheckMask(mask, MaskLayout{1, kept_, 1}));
-    OP_REQUIRES_OK(ctx, CheckOffsets(offsets.shape(), kept_));
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
     const int64_t count = bits.NumElements();
     const int64_t* bit = bits.flat<int64_t>().data();
     for (int64_t i = 0; i < count; ++i) {
@@ -197,9 +157,6 @@ class RankTrainableOp : public OpKernel {
       }
     });
   }
-
- private:
-  int64_t kept_ = 0;
 };
 
 #define FREEZEOPS_REGISTER(T)                                                                                       \

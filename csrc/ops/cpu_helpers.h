@@ -1,4 +1,4 @@
-// What the CPU OpKernels share: checking inputs and sharing the work out among threads.
+// What the CPU OpKernels share: sharing the work out among threads.
 
 #ifndef FREEZEOPS_OPS_CPU_HELPERS_H_
 #define FREEZEOPS_OPS_CPU_HELPERS_H_
@@ -9,7 +9,7 @@
 #include <functional>
 
 #include "kernels/kernels.h"
-#include "ops/layout_attr.h"
+#include "ops/op_checks.h"
 #include "ops/tf_compat.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -22,14 +22,6 @@ constexpr int64_t kBeyondCacheBytes = int64_t{32} << 20;
 
 inline Residence ResidenceOf(int64_t bytes) {
   return bytes > kBeyondCacheBytes ? Residence::kMemory : Residence::kCache;
-}
-
-inline absl::Status CheckMask(const tensorflow::Tensor& mask, const MaskLayout& layout) {
-  return CheckMask(mask.shape(), layout);
-}
-
-inline MaskView ViewOf(const tensorflow::Tensor& mask, const MaskLayout& layout) {
-  return MaskView{mask.flat<uint8_t>().data(), layout};
 }
 
 // Pointer arithmetic in entries of `width` bytes.

@@ -4,31 +4,24 @@
 
 #include "kernels/kernels.h"
 #include "ops/cpu_helpers.h"
-#include "ops/layout_attr.h"
+#include "ops/op_checks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 
 namespace freezeops {
 namespace {
 
-using ::tensorflow::DataType;
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 
-class MaskGradientOp : public OpKernel {
+class MaskGradientOp : public MaskOp {
  public:
-  explicit MaskGradientOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    width_ = tensorflow::DataTypeSize(output_type(0));
-  }
+  using MaskOp::MaskOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& gradient = ctx->input(0);
     const Tensor& mask_tensor = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckMask(mask_tensor, layout_));
-    OP_REQUIRES_OK(ctx, CheckEntries("gradient", gradient.shape(), layout_));
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
     const int64_t count = entries(layout_);
     const MaskView mask = ViewOf(mask_tensor, layout_);
     if (count == 0 || all_trainable(mask)) {
@@ -54,35 +47,19 @@ class MaskGradientOp : public OpKernel {
       });
     }
   }
-
- private:
-  MaskLayout layout_;
-  int64_t width_;
 };
 
 template <typename Index>
-class MaskSlicesOp : public OpKernel {
+class MaskSlicesOp : public SlicesOp {
  public:
-  explicit MaskSlicesOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("rows", &rows_));
-    width_ = tensorflow::DataTypeSize(output_type(0));
-  }
+  using SlicesOp::SlicesOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& values = ctx->input(0);
     const Tensor& indices = ctx->input(1);
     const Tensor& mask_tensor = ctx->input(2);
-    OP_REQUIRES_OK(ctx, CheckMask(mask_tensor, layout_));
-    OP_REQUIRES(ctx, values.dims() >= 1 && indices.dims() == 1 && values.dim_size(0) == indices.dim_size(0),
-                InvalidArgument("values must have one row for each index. Received: values of shape ",
-                                values.shape().DebugString(), ", indices of shape ", indices.shape().DebugString()));
-    int64_t row_size = 1;
-    for (int i = 1; i < values.dims(); ++i) row_size *= values.dim_size(i);
-    OP_REQUIRES(ctx, rows_ >= 0 && rows_ * row_size == entries(layout_),
-                InvalidArgument("rows times the size of a row must be the ", entries(layout_), " entries of layout ",
-                                LayoutString(layout_), ". Received: rows=", rows_, ", values of shape ",
-                                values.shape().DebugString()));
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
+    const int64_t row_size = RowSize(values.shape());
     // Indices are checked before anything is written, so that nothing is half done.
     const int64_t slices = indices.dim_size(0);
     const Index* index_of = indices.flat<Index>().data();
@@ -126,11 +103,6 @@ class MaskSlicesOp : public OpKernel {
       }
     });
   }
-
- private:
-  MaskLayout layout_;
-  int64_t rows_ = 0;
-  int64_t width_;
 };
 
 #define FREEZEOPS_REGISTER(T)                                                                                   \

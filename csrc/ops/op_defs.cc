@@ -1,5 +1,5 @@
 // The ops' signatures and shape functions. Kernels: mask_ops.cc, variable_ops.cc, compact_ops.cc, seed_ops.cc
-// (CPU), xla_kernels.cc.
+// (CPU), gpu_ops.cc, xla_kernels.cc.
 
 #include <vector>
 
@@ -280,7 +280,8 @@ REGISTER_OP("Freezeops>RememberFrozen")
     .Doc(R"doc(
 An opaque snapshot of the variable's frozen entries, for RestoreFrozen.
 
-snapshot: Either the frozen values in order, or the variable's whole value, flattened.
+snapshot: The frozen values in order; or as many values as the variable has, of which those at frozen entries count: on a
+  GPU, under XLA, and where nearly all are frozen.
 )doc");
 
 REGISTER_OP("Freezeops>RestoreFrozen")
@@ -335,7 +336,7 @@ REGISTER_OP("Freezeops>GatherTrainable")
     .Input("indices: Tindices")
     .Output("compact: T")
     .Attr("T: {half, bfloat16, float, double}")
-    .Attr("Tindices: {int32, int64}")
+    .Attr("Tindices: {int32, uint32, int64}")
     .Attr("layout: list(int)")
     .SetShapeFn(GatherTrainableShape)
     .Doc(R"doc(
@@ -345,7 +346,8 @@ source: A tensor of kept * inner entries.
 mask: The packed mask, one bit for each kept index, little bit order, 1 = trainable.
 offsets: The number of ones before each block of 2048 bits, and their total.
 indices: The kept indices of the ones, ascending; from the total on, up to the capacity, each at least `kept`. Kernels
-  look at the mask and the offsets or at these, which must say the same.
+  look at the mask and the offsets or at these, which must say the same. Those of uint32 must be below 2^31: they are
+  there for GPUs, where TensorFlow has no variables of int32.
 layout: [1, kept, inner]; entry k * inner + j uses bit k.
 )doc");
 
@@ -356,7 +358,7 @@ REGISTER_OP("Freezeops>ReadTrainable")
     .Input("indices: Tindices")
     .Output("compact: T")
     .Attr("T: {half, bfloat16, float, double}")
-    .Attr("Tindices: {int32, int64}")
+    .Attr("Tindices: {int32, uint32, int64}")
     .Attr("layout: list(int)")
     .SetIsStateful()
     .SetShapeFn(ReadTrainableShape)
@@ -373,7 +375,7 @@ REGISTER_OP("Freezeops>TakeTrainable")
     .Output("compact_gradient: T")
     .Output("compact_value: T")
     .Attr("T: {half, bfloat16, float, double}")
-    .Attr("Tindices: {int32, int64}")
+    .Attr("Tindices: {int32, uint32, int64}")
     .Attr("layout: list(int)")
     .SetIsStateful()
     .SetShapeFn(TakeTrainableShape)
@@ -388,7 +390,7 @@ REGISTER_OP("Freezeops>ScatterTrainable")
     .Input("offsets: int64")
     .Input("indices: Tindices")
     .Attr("T: {half, bfloat16, float, double}")
-    .Attr("Tindices: {int32, int64}")
+    .Attr("Tindices: {int32, uint32, int64}")
     .Attr("layout: list(int)")
     .SetIsStateful()
     .SetShapeFn(ScatterTrainableShape)
@@ -402,7 +404,7 @@ REGISTER_OP("Freezeops>RankTrainable")
     .Input("offsets: int64")
     .Input("indices: Tindices")
     .Output("ranks: int64")
-    .Attr("Tindices: {int32, int64}")
+    .Attr("Tindices: {int32, uint32, int64}")
     .Attr("kept: int")
     .SetShapeFn(RankTrainableShape)
     .Doc(R"doc(

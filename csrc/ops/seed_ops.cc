@@ -1,13 +1,12 @@
 // CPU kernel of SeedSlots.
 
 #include <algorithm>
-#include <memory>
-#include <set>
 #include <unordered_map>
 #include <vector>
 
 #include "kernels/seed_slots.h"
 #include "ops/cpu_helpers.h"
+#include "ops/op_checks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/framework/resource_mgr.h"
@@ -16,63 +15,22 @@
 namespace freezeops {
 namespace {
 
-using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
-using ::tensorflow::Var;
-
-using VarPtr = tensorflow::core::RefCountPtr<Var>;
-
-// Locks variables for writing, in the order of their addresses, so that two ops cannot wait for each other.
-class LockAll {
- public:
-  explicit LockAll(const std::vector<VarPtr>& variables) {
-    std::set<Var*> ordered;
-    for (const VarPtr& variable : variables) ordered.insert(variable.get());
-    for (Var* variable : ordered) locks_.push_back(std::make_unique<tensorflow::mutex_lock>(*variable->mu()));
-  }
-
- private:
-  std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks_;
-};
 
 template <typename T, typename Acc>
-class SeedSlotsOp : public tensorflow::OpKernel {
+class SeedSlotsOp : public SeedOp {
  public:
-  explicit SeedSlotsOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("size", &size_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("sparse", &sparse_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
-    for (const int64_t power : powers_) {
-      OP_REQUIRES(ctx, power == 1 || power == 2, InvalidArgument("powers must be 1 or 2. Received: power ", power));
-    }
-  }
+  using SeedOp::SeedOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& values = ctx->input(1);
     const Tensor& indices = ctx->input(2);
     const Tensor& scales = ctx->input(3);
-    const int count = static_cast<int>(powers_.size());
-    OP_REQUIRES(ctx, scales.dims() == 1 && scales.dim_size(0) == count && ctx->num_inputs() == 4 + count,
-                InvalidArgument("scales and slots must be as many as powers, ", count, ". Received: scales of shape ",
-                                scales.shape().DebugString(), ", ", ctx->num_inputs() - 4, " slots"));
-    int64_t width = 1;
-    if (sparse_) {
-      OP_REQUIRES(ctx, values.dims() >= 1 && indices.dims() == 1 && values.dim_size(0) == indices.dim_size(0),
-                  InvalidArgument("values must have one row for each index. Received: values of shape ",
-                                  values.shape().DebugString(), ", indices of shape ", indices.shape().DebugString()));
-      for (int i = 1; i < values.dims(); ++i) width *= values.dim_size(i);
-    } else {
-      OP_REQUIRES(ctx, values.NumElements() == size_,
-                  InvalidArgument("values must have the ", size_, " entries of the slots. Received: values of shape ",
-                                  values.shape().DebugString()));
-    }
-
-    // The bits first, then the slots.
-    std::vector<VarPtr> variables(1 + count);
-    for (int i = 0; i <= count; ++i) {
-      OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, i == 0 ? 0 : 3 + i), &variables[i]));
-    }
+    const int count = this->count();
+    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
+    std::vector<VarPtr> variables;
+    OP_REQUIRES_OK(ctx, LookUp(ctx, &variables));
     {
       tensorflow::tf_shared_lock lock(*variables[0]->mu());
       OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
@@ -84,12 +42,7 @@ class SeedSlotsOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
     for (int i = 0; i <= count; ++i) {
       Tensor* value = variables[i]->tensor();
-      if (i > 0) {
-        OP_REQUIRES(
-            ctx, value->dtype() == tensorflow::DataTypeToEnum<T>::v() && value->NumElements() == size_,
-            InvalidArgument("slots must have ", size_, " entries of the values' dtype. Received: a slot of ",
-                            tensorflow::DataTypeString(value->dtype()), " and shape ", value->shape().DebugString()));
-      }
+      if (i > 0) OP_REQUIRES_OK(ctx, CheckSlot(*value, tensorflow::DataTypeToEnum<T>::v()));
       if (!value->RefCountIsOne()) OP_REQUIRES_OK(ctx, Unshare(ctx, value));
     }
 
@@ -110,6 +63,7 @@ class SeedSlotsOp : public tensorflow::OpKernel {
     // Rows may be named more than once. Their gradients add up; Keras adds up their squares as well, and that is what
     // its second moment gets. The larger of the two is taken, because gradients that cancel leave a second moment
     // behind.
+    const int64_t width = RowSize(values.shape());
     struct Sums {
       explicit Sums(int64_t width) : values(width, Acc(0)), squares(width, Acc(0)) {}
       std::vector<Acc> values, squares;
@@ -137,17 +91,6 @@ class SeedSlotsOp : public tensorflow::OpKernel {
       }
     }
   }
-
- private:
-  absl::Status CheckBits(const Tensor& bits) const {
-    if (bits.dtype() == tensorflow::DT_UINT8 && bits.NumElements() == (size_ + 7) / 8) return absl::OkStatus();
-    return InvalidArgument("unseeded must have one bit for each of ", size_, " entries. Received: unseeded of ",
-                           tensorflow::DataTypeString(bits.dtype()), " and shape ", bits.shape().DebugString());
-  }
-
-  int64_t size_ = 0;
-  bool sparse_ = false;
-  std::vector<int64_t> powers_;
 };
 
 #define FREEZEOPS_REGISTER(T, ACC)                                                                           \

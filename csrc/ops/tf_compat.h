@@ -12,6 +12,20 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 
+// TensorFlow 2.19's include folder has a header that needs LLVM's, which are not there. All that the headers used here
+// want of it is that this class, an argument of a function for CUDA, is complete; nothing here makes one.
+#if FREEZEOPS_TF_MAJOR == 2 && FREEZEOPS_TF_MINOR == 19 && !__has_include("llvm/ADT/ArrayRef.h")
+#define XLA_STREAM_EXECUTOR_GPU_TMA_METADATA_H_
+namespace stream_executor {
+namespace gpu {
+class TmaDescriptor {
+ public:
+  TmaDescriptor() = delete;
+};
+}  // namespace gpu
+}  // namespace stream_executor
+#endif
+
 namespace freezeops {
 
 template <typename... Parts>

@@ -9,7 +9,7 @@
 
 #include "kernels/kernels.h"
 #include "ops/cpu_helpers.h"
-#include "ops/layout_attr.h"
+#include "ops/op_checks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/framework/resource_mgr.h"
@@ -18,8 +18,6 @@
 namespace freezeops {
 namespace {
 
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
@@ -64,42 +62,13 @@ class FrozenCount {
   std::vector<int64_t> offsets_;
 };
 
-class VariableOp : public OpKernel {
- public:
-  explicit VariableOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    width_ = tensorflow::DataTypeSize(dtype_);
-  }
-
- protected:
-  // The variable's lock is held.
-  absl::Status CheckVariable(Var* variable) const {
-    if (!variable->is_initialized || !variable->tensor()->IsInitialized()) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("variable must be initialized before its frozen entries are remembered or restored. Received: ",
-                       "an uninitialized variable; its layout is ", LayoutString(layout_)));
-    }
-    if (variable->tensor()->dtype() != dtype_) {
-      return InvalidArgument("variable must be of dtype ", tensorflow::DataTypeString(dtype_),
-                             ". Received: a variable of dtype ",
-                             tensorflow::DataTypeString(variable->tensor()->dtype()), " and shape ",
-                             variable->tensor()->shape().DebugString());
-    }
-    return CheckEntries("variable", variable->tensor()->shape(), layout_);
-  }
-
-  void ForEachPart(OpKernelContext* ctx, const FrozenCount& frozen, const std::function<void(int64_t)>& work) const {
-    ParallelFor(ctx, frozen.parts(), std::max<int64_t>(frozen.part_size() * width_ / 8, 1),
-                [&](int64_t first, int64_t last) {
-                  for (int64_t part = first; part < last; ++part) work(part);
-                });
-  }
-
-  MaskLayout layout_;
-  tensorflow::DataType dtype_;
-  int64_t width_;
-};
+void ForEachPart(OpKernelContext* ctx, const FrozenCount& frozen, int64_t width,
+                 const std::function<void(int64_t)>& work) {
+  ParallelFor(ctx, frozen.parts(), std::max<int64_t>(frozen.part_size() * width / 8, 1),
+              [&](int64_t first, int64_t last) {
+                for (int64_t part = first; part < last; ++part) work(part);
+              });
+}
 
 class RememberFrozenOp : public VariableOp {
  public:
@@ -131,7 +100,7 @@ class RememberFrozenOp : public VariableOp {
     const void* from = value.data();
     void* to = snapshot->data();
     const auto gather = cpu_kernels().gather_frozen[width_index(width_)];
-    ForEachPart(ctx, frozen, [&](int64_t part) {
+    ForEachPart(ctx, frozen, width_, [&](int64_t part) {
       gather(At(to, frozen.offset(part), width_), frozen.frozen(part), At(from, frozen.begin(part), width_), mask,
              frozen.begin(part), frozen.end(part));
     });
@@ -175,7 +144,7 @@ class RestoreFrozenOp : public VariableOp {
       if (taken != nullptr) {
         const void* from = value->data();
         void* to = taken->data();
-        ForEachPart(ctx, frozen, [&](int64_t part) {
+        ForEachPart(ctx, frozen, width_, [&](int64_t part) {
           if (frozen.frozen(part) == frozen.end(part) - frozen.begin(part)) return;
           const int64_t begin = frozen.begin(part);
           kernels.copy_trainable[index](At(to, begin, width_), At(from, begin, width_), mask, begin, frozen.end(part));
@@ -190,7 +159,7 @@ class RestoreFrozenOp : public VariableOp {
       OP_REQUIRES_OK(ctx, Unshare(ctx, value));
     }
     void* to = value->data();
-    ForEachPart(ctx, frozen, [&](int64_t part) {
+    ForEachPart(ctx, frozen, width_, [&](int64_t part) {
       const int64_t begin = frozen.begin(part);
       if (frozen.frozen(part) == 0) return;
       if (full) {

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "ops/layout_attr.h"
+#include "ops/op_checks.h"
 #include "ops/tf_compat.h"
 #include "ops/xla_compat.h"
 #include "ops/xla_cpu_calls.h"
@@ -117,17 +117,8 @@ class MaskSlicesXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &indices_shape));
     OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &mask_shape));
     OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
-    OP_REQUIRES(
-        ctx,
-        values_shape.dims() >= 1 && indices_shape.dims() == 1 && values_shape.dim_size(0) == indices_shape.dim_size(0),
-        InvalidArgument("values must have one row for each index. Received: values of shape ",
-                        values_shape.DebugString(), ", indices of shape ", indices_shape.DebugString()));
-    int64_t row_size = 1;
-    for (int i = 1; i < values_shape.dims(); ++i) row_size *= values_shape.dim_size(i);
-    OP_REQUIRES(ctx, rows_ >= 0 && rows_ * row_size == entries(layout_),
-                InvalidArgument("rows times the size of a row must be the ", entries(layout_), " entries of layout ",
-                                LayoutString(layout_), ". Received: rows=", rows_, ", values of shape ",
-                                values_shape.DebugString()));
+    OP_REQUIRES_OK(ctx, CheckSlices(values_shape, indices_shape, rows_, layout_));
+    const int64_t row_size = RowSize(values_shape);
     if (values_shape.num_elements() == 0 || entries(layout_) == 0) {
       ctx->SetOutput(0, ctx->Input(0));
       return;

@@ -1,0 +1,2 @@
+__global__ void probe() {}
+int main() { probe<<<1, 1>>>(); }
