@@ -1,2 +1,0 @@
-__global__ void probe() {}
-int main() { probe<<<1, 1>>>(); }
