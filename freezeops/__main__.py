@@ -25,7 +25,8 @@ def _cuda_rows(diagnosis: _native.Diagnosis) -> list[tuple[str, str]]:
     gpus = [f"{gpu.name} (compute capability {gpu.capability / 10})" for gpu in diagnosis.gpus]
     sees = ("GPUs that TensorFlow sees", ", ".join(gpus) or "none")
     if kernels is None:
-        return [("CUDA kernels", "no"), sees]
+        inside = diagnosis.backend == "reference" and any(report.build.get("cuda") for report in diagnosis.libraries)
+        return [("CUDA kernels", "yes, not in use: FREEZEOPS_BACKEND=reference" if inside else "no"), sees]
     architectures = ", ".join(f"{each / 10}" for each in kernels.architectures)
     ptx = ", ".join(f"{each / 10}" for each in kernels.ptx)
     driver = f"supports CUDA {ops.cuda_version(kernels.driver)}" if kernels.driver else "none found"

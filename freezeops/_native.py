@@ -72,8 +72,10 @@ class CudaKernels:
     def run_on(self, capability: int) -> bool:
         """Whether a GPU of a compute capability can run them."""
         # Machine code is for one major version, from its minor version on.
-        same_major = (each for each in self.architectures if each // 10 == capability // 10)
-        return any(each <= capability for each in (*same_major, *self.ptx))
+        if any(each <= capability and each // 10 == capability // 10 for each in self.architectures):
+            return True
+        # A driver does not compile PTX of a newer CUDA than its own.
+        return self.driver >= self.runtime and any(each <= capability for each in self.ptx)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ environment, the twin in `freezeops.reference` does. The environment is read at
 every call, so at trace time inside `tf.function`.
 """
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
@@ -101,6 +102,13 @@ def gpu_problem(kernels: _native.CudaKernels, gpus: Sequence[_native.Gpu]) -> st
         )
     for gpu in gpus:
         if gpu.capability and not kernels.run_on(gpu.capability):
+            if dataclasses.replace(kernels, driver=kernels.runtime).run_on(gpu.capability):
+                return (
+                    f"{gpu.name} needs them compiled by the driver, which supports CUDA {cuda_version(kernels.driver)} "
+                    f"and not the {cuda_version(kernels.runtime)} that they are of. Install a driver for CUDA "
+                    f"{cuda_version(kernels.runtime)} or newer, or build freezeops with "
+                    f"FREEZEOPS_CUDA_ARCHITECTURES={gpu.capability}."
+                )
             built_for = ", ".join(f"{each / 10}" for each in kernels.architectures)
             return (
                 f"{gpu.name} has compute capability {gpu.capability / 10} and they were compiled for {built_for}. "

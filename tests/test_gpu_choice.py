@@ -66,6 +66,15 @@ def test_machine_code_is_for_its_own_major_version():
     assert not dataclasses.replace(kernels, ptx=()).run_on(90)
 
 
+def test_ptx_needs_a_driver_of_its_own_cuda():
+    """Of the same major version: that is enough for machine code alone."""
+    older = dataclasses.replace(KERNELS, runtime=13010, driver=13000)
+    newer_gpu = _native.Gpu("NVIDIA X", 130)
+    assert ops.gpu_problem(older, [GPU]) is None
+    assert "Install a driver for CUDA 13.1 or newer" in ops.gpu_problem(older, [newer_gpu])
+    assert ops.gpu_problem(dataclasses.replace(older, driver=13010), [newer_gpu]) is None
+
+
 def test_library_without_cuda_kernels_says_nothing(machine):
     machine(None, GPU)
     with warnings.catch_warnings():

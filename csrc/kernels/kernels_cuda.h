@@ -3,7 +3,8 @@
 // Every function starts its work on the stream and returns at once: 0, or the cudaError_t of a launch that failed, for
 // error_text. Nothing is started for empty input. Widths are those of the entries in bytes (2, 4 or 8); entries are
 // moved as integers, so that no bit of a value that is kept ever changes. Sizes have 64 bits. Pointers need no more
-// alignment than an entry has; where they have 16 bytes, 16 bytes are moved at a time.
+// alignment than an entry has; where they have 16 bytes, masks of
+// single entries and of long rows move 16 bytes at a time; other layouts, and entries found by index, go one by one.
 //
 // What the kernels do is in *_bodies.h, which is compiled for the host as well (see warps.h) and tested there.
 

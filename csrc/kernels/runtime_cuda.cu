@@ -22,7 +22,10 @@ int runtime_version() {
 
 int copy_bytes(void* destination, const void* source, int64_t bytes, Stream stream) {
   if (bytes == 0) return 0;
-  return cudaMemcpyAsync(destination, source, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream);
+  const cudaError_t error =
+      cudaMemcpyAsync(destination, source, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream);
+  if (error != cudaSuccess) cudaGetLastError();  // so that the next launch does not report it again
+  return error;
 }
 
 }  // namespace cuda
