@@ -241,7 +241,7 @@ class CompactPartition(MaskedPartition):
         return self.take_and_remember(gradient)[0]
 
     def take_and_remember(self, gradient: transforms.Gradient) -> tuple[transforms.Gradient, list[IndexTensors]]:
-        gradient = self._checked(gradient)
+        gradient = self.checked(gradient)
         self.check_not_pending()
         # All of a step is done with the index of this moment: another thread may change the mask in between.
         indices = self.index.component_tensors()

@@ -243,6 +243,12 @@ def numpy_of(variable: Variable) -> np.ndarray:
     return components(variable)[0].numpy()
 
 
+def device_of(variable: Variable) -> str:
+    """The device of a variable, or of its first copy."""
+    variable = tf_variable(variable)
+    return variable.values[0].device if isinstance(variable, tf.distribute.DistributedValues) else variable.device
+
+
 def dtype_name(variable: Variable) -> str:
     """The dtype as text, such as `"float32"`."""
     return tf.as_dtype(variable.dtype).name
@@ -308,6 +314,55 @@ def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> Non
     optimizer._freezeops_hook = Untracked(hook)
     optimizer._backend_update_step = types.MethodType(_update_step_with_hook, optimizer)
     optimizer.update_step = types.MethodType(_update_with_hook, optimizer)
+
+
+class UpdateHook:
+    """What `update_together` calls."""
+
+    def includes(self, variable: Variable) -> bool:
+        """Whether the hook updates this variable in the step that is made now."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        strategy: tf.distribute.Strategy,
+        grads_and_vars: Sequence[tuple[Any, tf.Variable]],
+        learning_rate: Any,
+    ) -> None:
+        """Updates variables that it includes, weight decay among it, instead of the optimizer's `update_step`.
+
+        Called in the cross-replica context, where there are replicas.
+        """
+        raise NotImplementedError
+
+
+def update_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> None:
+    """Has a hook update the variables that it includes, all of a step at once.
+
+    Args:
+        optimizer: One that wraps no other. It is changed.
+        hook: What to call, instead of what was given before.
+    """
+    optimizer._freezeops_updates = Untracked(hook)
+    optimizer._apply_weight_decay = types.MethodType(_decay_others, optimizer)
+    optimizer._distributed_tf_update_step = types.MethodType(_update_others, optimizer)
+
+
+def _decay_others(self: Any, variables: Any) -> None:
+    hook = self._freezeops_updates.value
+    others = [variable for variable in variables if not hook.includes(variable)]
+    if others:
+        type(self)._apply_weight_decay(self, others)
+
+
+def _update_others(self: Any, distribution: Any, grads_and_vars: Any, learning_rate: Any) -> None:
+    hook = self._freezeops_updates.value
+    grads_and_vars = list(grads_and_vars)
+    together = [(gradient, variable) for gradient, variable in grads_and_vars if hook.includes(variable)]
+    others = [(gradient, variable) for gradient, variable in grads_and_vars if not hook.includes(variable)]
+    if together:
+        hook.update(distribution, together, learning_rate)
+    type(self)._distributed_tf_update_step(self, distribution, others, learning_rate)
 
 
 class Untracked:

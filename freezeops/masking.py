@@ -1,6 +1,6 @@
 """What every kind of `MaskedOptimizer` has: its masks, from the users' calls to the bits and into files."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
@@ -85,6 +85,10 @@ class Masking:
     def _bytes_beside(self, position: int) -> dict[str, tuple[Variable, layout.Layout]]:
         """Packed bits of a variable that are saved beside its mask, by a word for them."""
         return {}
+
+    def _update_notes(self) -> list[str] | None:
+        """For each variable how it is updated; `None`: not to be shown."""
+        return None
 
     def _slot_bytes(self) -> list[tuple[int, int]] | None:
         """For each variable the bytes of its slots, and what they would be in full state; `None`: not to be shown."""
@@ -200,7 +204,7 @@ class Masking:
             console: `rich.console.Console` to print to. Defaults to standard output.
         """
         if self._state.built:
-            report.print_summary(self.name, self._state.partitions, console, self._slot_bytes())
+            report.print_summary(self.name, self._state.partitions, console, self._slot_bytes(), self._update_notes())
         else:
             report.print_rules(self.name, self._state.rules, console)
 
@@ -483,8 +487,9 @@ class FrozenEntries:
     Args:
         partitions: Of all variables that may be written.
         averages: Slots of moving averages, each with the partition of its variable.
-        rows: By position, the only rows that can be written, where that is known.
+        rows: By the partition's `id`, the only rows that can be written, where that is known.
         remembered: What `take_and_remember` returned just before, by the partition's `id`.
+        untouched: Partitions, by `id`, whose frozen entries nothing writes.
     """
 
     def __init__(
@@ -493,16 +498,17 @@ class FrozenEntries:
         averages: Iterable[tuple[Partition, Variable]] = (),
         rows: Mapping[int, tf.Tensor] | None = None,
         remembered: Mapping[int, Any] | None = None,
+        untouched: Collection[int] = (),
     ):
-        self._partitions = partitions
+        self._partitions = [part for part in partitions if id(part) not in untouched]
         self._averages = averages
         self._rows = rows or {}
         self._remembered = remembered or {}
 
     def __enter__(self) -> None:
         self._snapshots = [
-            self._remembered[id(part)] if id(part) in self._remembered else part.remember(self._rows.get(i))
-            for i, part in enumerate(self._partitions)
+            self._remembered[id(part)] if id(part) in self._remembered else part.remember(self._rows.get(id(part)))
+            for part in self._partitions
         ]
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:

@@ -15,8 +15,9 @@ from types import ModuleType
 import numpy as np
 import tensorflow as tf
 
-from freezeops import _native, reference
+from freezeops import _native, reference, reference_updates
 from freezeops.layout import Layout
+from freezeops.reference_updates import FusedVariable
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
@@ -33,6 +34,9 @@ _OPS = (
     "rank_trainable",
     "seed_slots",
 )
+_CPU_OPS = ("fused_update",)
+"""Those without a CUDA kernel."""
+
 _HOST = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
 
 
@@ -123,6 +127,13 @@ def cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+def _reason_for_reference_of_cpu_ops() -> str | None:
+    """Why the twins of `_CPU_OPS` run, or None if the native ops do."""
+    if reason := _reason_for_reference():
+        return reason
+    return "a GPU is visible and there is no CUDA kernel" if tf.config.list_logical_devices("GPU") else None
+
+
 def _library() -> ModuleType | None:
     return None if _reason_for_reference() else _native.op_library()
 
@@ -133,12 +144,13 @@ def _host() -> ModuleType | None:
 
 def paths() -> dict[str, str]:
     """Which path each op takes here, as text for people: `python -m freezeops` prints it."""
-    reason = _reason_for_reference()
+    reasons = dict.fromkeys(_OPS, _reason_for_reference())
+    reasons |= dict.fromkeys(_CPU_OPS, _reason_for_reference_of_cpu_ops())
     host = "native" if _host() else "reference (no host module)"
     if backend() == "reference":
         host = "reference (FREEZEOPS_BACKEND=reference)"
-    device = f"reference ({reason})" if reason else "native"
-    return {name: device for name in _OPS} | {name: host for name in _HOST}
+    device = {name: f"reference ({reason})" if reason else "native" for name, reason in reasons.items()}
+    return device | dict.fromkeys(_HOST, host)
 
 
 # Host side: bits of NumPy arrays.
@@ -340,6 +352,46 @@ def seed_slots(
     )
 
 
+def fused_update(
+    rule: str,
+    variables: Sequence[FusedVariable],
+    scalars: tf.Tensor,
+    seed_slots: Sequence[int],
+    seed_powers: Sequence[int],
+    scales: Sequence[tf.Tensor],
+) -> None:
+    """One step of an optimizer in one pass over each variable; see `reference_updates.fused_update`."""
+    library = None if _reason_for_reference_of_cpu_ops() else _library()
+    if library is None:
+        reference_updates.fused_update(rule, variables, scalars, seed_slots, seed_powers, scales)
+        return
+    sparse = [i for i, one in enumerate(variables) if isinstance(one.gradient, tf.IndexedSlices)]
+    masks = {i: one.bits for i, one in enumerate(variables) if one.bits is not None}
+    seeded = {i: one.unseeded for i, one in enumerate(variables) if one.unseeded is not None and seed_slots}
+    ranks = [one.ranks for one in variables if one.ranks is not None]
+    library.freezeops_fused_update(
+        variables=[one.variable.handle for one in variables],
+        gradients=[one.gradient.values if i in sparse else one.gradient for i, one in enumerate(variables)],
+        rows=[tf.cast(variables[i].gradient.indices, tf.int64) for i in sparse],
+        slots=[slot.handle for one in variables for slot in one.slots],
+        masks=[bits.handle for bits in masks.values()],
+        offsets=[offsets.handle for offsets, _ in ranks],
+        indices=[indices.handle for _, indices in ranks],
+        unseeded=[unseeded.handle for unseeded in seeded.values()],
+        scalars=scalars,
+        scales=tf.stack(scales) if scales else tf.zeros([0], tf.float64),
+        rule=rule,
+        layouts=[number for one in variables for number in one.layout],
+        decays=[one.decays for one in variables],
+        sparse=sparse,
+        masked=list(masks),
+        seeded=list(seeded),
+        seed_slots=list(seed_slots),
+        seed_powers=list(seed_powers),
+        compact=bool(ranks),
+    )
+
+
 def _mask_gradient_gradient(op: tf.Operation, upstream: tf.Tensor) -> list[tf.Tensor | None]:
     layout = Layout(*op.get_attr("layout"))
     return [mask_gradient(upstream, op.inputs[1], layout), None]
@@ -361,3 +413,4 @@ tf.no_gradient("Freezeops>TakeTrainable")
 tf.no_gradient("Freezeops>ScatterTrainable")
 tf.no_gradient("Freezeops>RankTrainable")
 tf.no_gradient("Freezeops>SeedSlots")
+tf.no_gradient("Freezeops>FusedUpdate")

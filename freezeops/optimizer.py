@@ -9,10 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import compact, inner_state, keras_internals, layout, masking, ops, partition, rules, unfreezing
+from freezeops import compact, fused, inner_state, keras_internals, layout, masking, ops, partition, rules, unfreezing
 from freezeops.compact import Capacity, CompactPartition, TrainableIndex
 from freezeops.compact_slots import CompactSlots, EntryState, entry_states, packed_into, positions_of, unpacked
 from freezeops.elementwise import check_elementwise
+from freezeops.fused import FusedUpdates
 from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.layout import Layout
 from freezeops.mask import Mask
@@ -43,6 +44,8 @@ class _State(masking.State):
         self.slots: dict[int, VariableSlots] = {}
         self.records: dict[int, list[SlotRecord]] = {}
         self.seedings: dict[int, Seeding] = {}
+        # By position: what updates a variable in one pass, or why nothing does.
+        self.updates: dict[int, FusedUpdates | str] = {}
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
@@ -86,6 +89,13 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             are kept in any case. (With compact state an entry that was frozen in a step
             has no slots to keep: they start as in a new optimizer.)
         name: Optional name.
+        fused: Whether variables are updated in one native pass over gradient, variable, slots and
+            mask where the inner optimizer is exactly Keras's SGD, Adam, AdamW, Nadam, RMSprop,
+            Adagrad or Lion, without a moving average. Results and state are those of the inner
+            optimizer. Everything else goes the general way; `summary()` says which and why. May
+            be set at any time; functions that were traced before go on as they were traced.
+            Not the default yet: under XLA it needs the CPU and TensorFlow 2.20; where a GPU is visible
+            it runs on TensorFlow's own ops.
 
     Raises:
         ValueError: If an argument belongs to the inner optimizer, or is unknown; with
@@ -118,9 +128,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         unfreeze_policy: unfreezing.Policy = "seed",
         name: str | None = None,
         capacity: Capacity | Mapping[str, Capacity] | None = None,
+        fused: bool = False,
         **kwargs: Any,
     ):
-        _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, kwargs)
+        _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, fused, kwargs)
         keras_internals.check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
@@ -130,6 +141,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         inner_state.store_scalers_around(MaskedOptimizer)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
+        self._fused = fused
         self._state: _State = _State(maskable, capacity)
         # What `tf.train.Checkpoint` saves: by position, as it saves the slots.
         self._masks = tf.Module()
@@ -208,6 +220,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             with tf.init_scope() if self.state == "compact" else nullcontext():
                 self._make_partitions(variables, plans)
                 self._find_slots()
+                self._find_fused()
             with tf.init_scope():
                 for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
                     inner_state.assign_waiting(part)
@@ -216,7 +229,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         except BaseException:
             # The next attempt begins anew.
             self._state.partitions, self._state.slots = [], {}
-            self._state.records, self._state.seedings = {}, {}
+            self._state.records, self._state.seedings, self._state.updates = {}, {}, {}
             self._masks = tf.Module()
             raise
         keras.optimizers.Optimizer.build(self, variables)
@@ -369,6 +382,55 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                     seeding.add(variable, own)
                     keras_internals.before_updates(base, seeding)
 
+    def _find_fused(self) -> None:
+        """Finds out which variables can be updated in one pass."""
+        self._state.updates = {}
+        for base in keras_internals.base_optimizers(self.inner_optimizer):
+            rule = fused.rule_of(base)
+            updates: FusedUpdates | None = None
+            if isinstance(rule, fused.Rule):
+                seeding = self._state.seedings.setdefault(id(base), Seeding())
+                updates = FusedUpdates(self.inner_optimizer, base, rule, seeding)
+                keras_internals.update_together(base, updates)
+            for number, variable in enumerate(base._trainable_variables):
+                position = self._state.index.find_position(variable)
+                if position is None:
+                    continue
+                part = self._state.partitions[position]
+                why = rule if isinstance(rule, str) else fused.reason_against(part)
+                if why or updates is None:
+                    self._state.updates[position] = why
+                    continue
+                self._state.updates[position] = updates
+                updates.add(part, number, self._state.slots.get(position))
+
+    @property
+    def fused(self) -> bool:
+        """Whether variables are updated in one native pass where that can be; may be set at any time.
+
+        Functions that were traced before go on as they were traced.
+        """
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        _check_fused(fused)
+        self._fused = fused
+
+    def _updates_of(self, part: Partition) -> FusedUpdates | None:
+        """What updates a variable in one pass, if anything does."""
+        updates = self._state.updates.get(self._state.index.position(part.variable)) if self._fused else None
+        return updates if isinstance(updates, FusedUpdates) else None
+
+    def _update_notes(self) -> list[str] | None:
+        if not self._fused:
+            return None
+        notes = []
+        for position, part in enumerate(self._state.partitions):
+            why = self._state.updates.get(position, fused.reason_against(part))
+            notes.append(f"not fused: {why}" if isinstance(why, str) else "fused")
+        return notes
+
     def _build_once(self, variables: Sequence[Variable]) -> None:
         if not self._state.built:
             with keras.name_scope(self.name):
@@ -488,6 +550,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         for state, of_all in zip(states, values, strict=True):
             keras_internals.reshape_variable(state.slot, packed_into(of_all, target, shape), old.variable)
         self._find_slots({position})
+        self._find_fused()
         slots = self._state.slots.get(position)
         if slots is not None and slots.unseeded is not None:
             slots.unseeded.assign(ops.pack_bits(packed_into(waiting, target, shape)))
@@ -543,26 +606,37 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         masking.check_lengths(grads, variables)
         self._build_once(variables)
         with keras.name_scope(self.name), tf.control_dependencies(self._masks_in_use()):
-            parts = [self._partition(variable) for variable in variables]
-            taken: list[Gradient | None] = []
+            pairs: list[tuple[Gradient | None, Variable]] = []
             remembered: dict[int, Any] = {}
-            for part, gradient in zip(parts, grads, strict=True):
-                snapshot = None
-                if gradient is not None:
+            rows: dict[int, tf.Tensor] = {}
+            one_pass: dict[int, tuple[FusedUpdates, list[Partition]]] = {}
+            general: set[int] = set()
+            for variable, gradient in zip(variables, grads, strict=True):
+                part = self._partition(variable)
+                updates, inner, snapshot = self._updates_of(part), part.inner_variable, None
+                if gradient is not None and updates is not None and updates.takes(gradient):
+                    gradient, inner, snapshot = updates.take(part, gradient)
+                    one_pass.setdefault(id(updates), (updates, []))[1].append(part)
+                elif gradient is not None:
                     gradient, snapshot = part.take_and_remember(gradient)
+                    general.add(id(part))
+                    if self._writes_only_rows(part, gradient):
+                        rows[id(part)] = gradient.indices
                 if snapshot is not None:
                     remembered[id(part)] = snapshot
-                taken.append(gradient)
-            pairs = [
-                (gradient, inner)
-                for gradient, part in zip(taken, parts, strict=True)
-                if (inner := part.inner_variable) is not None
-            ]
+                if inner is not None:
+                    pairs.append((gradient, inner))
             if not pairs:
                 # All are frozen for good; the inner optimizer would not count the step.
                 keras_internals.step_counter(self.inner_optimizer).assign_add(1)
                 return
-            with self._frozen_entries(self._touched_rows(taken, variables), remembered):
+            untouched = {
+                id(part)
+                for part in self._state.partitions
+                if self._updates_of(part) is not None and id(part) not in general and id(part) not in remembered
+            }
+            guard = FrozenEntries(self._state.partitions, self._averages(), rows, remembered, untouched)
+            with guard, fused.steps(one_pass.values()):
                 self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
 
     def _masks_in_use(self) -> list[tf.Operation]:
@@ -576,30 +650,21 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             tf.debugging.Assert(tf.equal(length, layout.packed_bytes), [message, length]) for length, layout in lengths
         ]
 
-    def _frozen_entries(
-        self, rows: Mapping[int, tf.Tensor] | None = None, remembered: Mapping[int, Any] | None = None
-    ) -> FrozenEntries:
-        return FrozenEntries(self._state.partitions, self._averages(), rows, remembered)
+    def _frozen_entries(self) -> FrozenEntries:
+        return FrozenEntries(self._state.partitions, self._averages())
 
-    def _touched_rows(
-        self, gradients: Sequence[Gradient | None], variables: Sequence[Variable]
-    ) -> dict[int, tf.Tensor]:
-        """By position, the only rows that a step can write, where that is known."""
-        if (
+    def _writes_only_rows(self, part: Partition, gradient: Gradient) -> bool:
+        """Whether a step that goes the general way can write no row but those that a gradient names."""
+        return (
+            isinstance(gradient, tf.IndexedSlices)
             # Replicas also write the rows of each other's gradients.
-            self._distribution_strategy.num_replicas_in_sync > 1
-            or not keras_internals.writes_only_rows_with_gradients(self.inner_optimizer)
-        ):
-            return {}
-        return {
-            self._state.index.position(variable): gradient.indices
-            for gradient, variable in zip(gradients, variables, strict=True)
-            if isinstance(gradient, tf.IndexedSlices)
-            and self._partition(variable).way == "full"
-            and getattr(variable, "constraint", None) is None
+            and self._distribution_strategy.num_replicas_in_sync == 1
+            and keras_internals.writes_only_rows_with_gradients(self.inner_optimizer)
+            and part.way == "full"
+            and getattr(part.variable, "constraint", None) is None
             # XLA scatters 16-bit floats by way of float32: NaNs change in rows it does not even name.
-            and tf.as_dtype(variable.dtype).size >= 4
-        }
+            and tf.as_dtype(part.variable.dtype).size >= 4
+        )
 
     @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, grads_and_vars: Any) -> keras.Variable:
@@ -677,6 +742,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             "state": self.state,
             "unfreeze_policy": self.unfreeze_policy,
             "capacity": self._state.capacity,
+            "fused": self.fused,
         }
         return config | self._mask_config()
 
@@ -717,6 +783,7 @@ def _check_arguments(
     maskable: Any,
     unfreeze_policy: Any,
     capacity: Any,
+    fused: Any,
     kwargs: Mapping[str, Any],
 ) -> None:
     if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
@@ -734,6 +801,7 @@ def _check_arguments(
     masking.check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
     if state not in ("full", "compact"):
         raise ValueError(f"`state` must be 'full' or 'compact'. Received: state={state!r}")
+    _check_fused(fused)
     compact.check_capacity(capacity)
     if state == "compact":
         check_elementwise(inner_optimizer)
@@ -743,3 +811,8 @@ def _check_arguments(
         raise ValueError(
             f"`unfreeze_policy` must be one of {unfreezing.POLICIES}. Received: unfreeze_policy={unfreeze_policy!r}"
         )
+
+
+def _check_fused(fused: Any) -> None:
+    if not isinstance(fused, bool):
+        raise TypeError(f"`fused` must be a bool. Received: fused={fused!r}")

@@ -155,7 +155,8 @@ class Partition(ABC):
         """`take`, and what `remember` would return right after it; `None` where that is still to be called."""
         return self.take(gradient), None
 
-    def _checked(self, gradient: Any) -> transforms.Gradient:
+    def checked(self, gradient: Any) -> transforms.Gradient:
+        """A gradient of the variable as it is, if it has the variable's shape."""
         if not isinstance(gradient, tf.IndexedSlices):
             gradient = tf.convert_to_tensor(gradient)
         shape = transforms.dense_shape(gradient)
@@ -240,7 +241,7 @@ class MaskedPartition(Partition):
 
     def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
         bits = tf.convert_to_tensor(tf_variable(self.bits))
-        return transforms.mask_with_bits(self._checked(gradient), bits, self.layout)
+        return transforms.mask_with_bits(self.checked(gradient), bits, self.layout)
 
     @property
     def mask(self) -> Mask:

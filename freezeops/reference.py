@@ -58,7 +58,7 @@ def rank_offsets(packed: np.ndarray, kept: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(blocks)])
 
 
-def _unpack(mask: tf.Tensor, kept: int) -> tf.Tensor:
+def unpack_mask(mask: tf.Tensor, kept: int) -> tf.Tensor:
     """Packed bits to a boolean tensor of shape `[kept]`."""
     shifts = tf.range(8, dtype=tf.int32)
     bits = tf.bitwise.right_shift(tf.cast(mask, tf.int32)[:, None], shifts[None, :])
@@ -68,11 +68,11 @@ def _unpack(mask: tf.Tensor, kept: int) -> tf.Tensor:
 def expand_mask(mask: tf.Tensor, layout: Layout) -> tf.Tensor:
     """Packed bits to a boolean tensor of shape `[outer * kept * inner]`."""
     outer, kept, inner = layout
-    bits = tf.reshape(_unpack(mask, kept), [1, kept, 1])
+    bits = tf.reshape(unpack_mask(mask, kept), [1, kept, 1])
     return tf.reshape(tf.broadcast_to(bits, [outer, kept, inner]), [outer * kept * inner])
 
 
-def _select(condition: tf.Tensor, passing: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+def select(condition: tf.Tensor, passing: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
     """`tf.where` on the bits of floats."""
     dtype = passing.dtype
     integer = integers_like(dtype)
@@ -95,7 +95,7 @@ def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Te
 
     def masked(gradient: tf.Tensor) -> tf.Tensor:
         flat = tf.reshape(gradient, [layout.size])
-        selected = _select(expand_mask(mask, layout), flat, tf.zeros_like(flat))
+        selected = select(expand_mask(mask, layout), flat, tf.zeros_like(flat))
         return tf.reshape(selected, tf.shape(gradient))
 
     return _linear(masked)(gradient)
@@ -138,7 +138,7 @@ def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: 
 
     def masked(values: tf.Tensor) -> tf.Tensor:
         flat = tf.reshape(values, [tf.size(row), width])
-        return tf.reshape(_select(passing, flat, tf.zeros_like(flat)), tf.shape(values))
+        return tf.reshape(select(passing, flat, tf.zeros_like(flat)), tf.shape(values))
 
     return _linear(masked)(values)
 
@@ -167,7 +167,7 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
             lambda: tf.reshape(snapshot, [layout.size]),
             lambda: _scatter_frozen(flat, passing, snapshot),
         )
-    restored = tf.reshape(_select(passing, flat, old), tf.shape(value))
+    restored = tf.reshape(select(passing, flat, old), tf.shape(value))
     variable.assign(restored)
 
 
@@ -197,13 +197,13 @@ def gather_trainable(
     """
     del offsets
     kept, inner = layout.kept, layout.inner
-    indices = _signed(indices)
+    indices = signed_indices(indices)
     capacity = indices.shape[0]
     if not kept or not capacity:
         return tf.zeros([capacity * inner], source.dtype)
     rows = tf.reshape(tf.bitcast(source, integers_like(source.dtype)), [kept, inner])
     gathered = tf.gather(rows, tf.clip_by_value(indices, 0, kept - 1))
-    chosen = tf.where(_valid(indices, mask, layout)[:, None], gathered, tf.zeros_like(gathered))
+    chosen = tf.where(valid_indices(indices, mask, layout)[:, None], gathered, tf.zeros_like(gathered))
     return tf.bitcast(tf.reshape(chosen, [capacity * inner]), source.dtype)
 
 
@@ -238,7 +238,7 @@ def scatter_trainable(
     """Writes the trainable entries of a variable; the reverse of `read_trainable`."""
     del offsets
     kept, inner = layout.kept, layout.inner
-    indices = _signed(indices)
+    indices = signed_indices(indices)
     capacity = indices.shape[0]
     if not layout.size or not capacity:
         return
@@ -247,7 +247,7 @@ def scatter_trainable(
     old = tf.reshape(tf.bitcast(value, integer), [kept, inner])
     new = tf.reshape(tf.bitcast(compact, integer), [capacity, inner])
     # Shapes must be static, so what stands for no entry writes what the first index writes, or an old value.
-    valid = _valid(indices, mask, layout)
+    valid = valid_indices(indices, mask, layout)
     any_valid = valid[0]
     target = tf.where(valid, indices, tf.where(any_valid, indices[0], 0))
     rows = tf.where(valid[:, None], new, tf.where(any_valid, new[0], old[0])[None, :])
@@ -273,13 +273,13 @@ def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices
     return tf.clip_by_value(ranks, 0, max(indices.shape[0] - 1, 0))
 
 
-def _signed(indices: tf.Tensor) -> tf.Tensor:
+def signed_indices(indices: tf.Tensor) -> tf.Tensor:
     """Indices of a type that TensorFlow's ops take."""
     indices = tf.convert_to_tensor(indices)
     return tf.bitcast(indices, tf.int32) if indices.dtype == tf.uint32 else indices
 
 
-def _valid(indices: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
+def valid_indices(indices: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
     """Which of the indices stand for a trainable entry: those of a one in the mask.
 
     In a mask that `repack` emptied there is none, so that a function which was traced before writes nothing.
@@ -319,20 +319,19 @@ def seed_slots(
     wide = tf.float64 if slots[0].dtype == tf.float64 else tf.float32
 
     def seed() -> None:
-        bits = _unpack(unseeded.read_value(), size)
+        bits = unpack_mask(unseeded.read_value(), size)
         values = tf.cast(gradient, wide)
         dense = tf.reshape(tf.convert_to_tensor(values), [size])
         square = dense * dense
         if isinstance(values, tf.IndexedSlices):
             squares = tf.IndexedSlices(values.values * values.values, values.indices, values.dense_shape)
             square = tf.maximum(square, tf.reshape(tf.convert_to_tensor(squares), [size]))
-        due = bits & (tf.cast(tf.reshape(slots[0].read_value(), [size]), wide) == 0)
-        for slot, scale, power in zip(slots, scales, powers, strict=True):
-            value = tf.cast(tf.cast(scale, wide) * (square if power == 2 else dense), slot.dtype)
-            flat = tf.reshape(slot.read_value(), [size])
-            slot.assign(tf.reshape(_select(due, value, flat), shape))
-        first = tf.cast(tf.reshape(slots[0].read_value(), [size]), wide)
-        unseeded.assign(_pack(bits & (first == 0)))
+        seeded = seeded_slots(
+            bits, dense, square, [tf.reshape(slot.read_value(), [size]) for slot in slots], powers, scales
+        )
+        for slot, value in zip(slots, seeded, strict=True):
+            slot.assign(tf.reshape(value, shape))
+        unseeded.assign(pack_mask(bits & (seeded[0] == 0)))
 
     def nothing() -> None:
         pass
@@ -340,7 +339,25 @@ def seed_slots(
     tf.cond(tf.reduce_any(unseeded.read_value() != 0), seed, nothing)
 
 
-def _pack(flags: tf.Tensor) -> tf.Tensor:
+def seeded_slots(
+    waiting: tf.Tensor,
+    gradient: tf.Tensor,
+    square: tf.Tensor,
+    slots: Sequence[tf.Tensor],
+    powers: Sequence[int],
+    scales: Sequence[tf.Tensor],
+) -> list[tf.Tensor]:
+    """What `seed_slots` makes of slots: flat tensors, as are gradient and square (of the dtype to calculate in)."""
+    wide = tf.float64 if slots[0].dtype == tf.float64 else tf.float32
+    gradient, square = tf.cast(gradient, wide), tf.cast(square, wide)
+    due = waiting & (tf.cast(slots[0], wide) == 0)
+    return [
+        select(due, tf.cast(tf.cast(scale, wide) * (square if power == 2 else gradient), slot.dtype), slot)
+        for slot, scale, power in zip(slots, scales, powers, strict=True)
+    ]
+
+
+def pack_mask(flags: tf.Tensor) -> tf.Tensor:
     """Booleans of shape `[n]` to packed bits."""
     size = flags.shape[0]
     padded = tf.pad(tf.cast(flags, tf.int32), [[0, -size % 8]])

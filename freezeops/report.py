@@ -15,6 +15,7 @@ def print_summary(
     partitions: Sequence[Partition],
     console: Console | None,
     slot_bytes: Sequence[tuple[int, int]] | None = None,
+    updates: Sequence[str] | None = None,
 ) -> None:
     """Prints one row per variable and a total.
 
@@ -24,6 +25,7 @@ def print_summary(
         console: Where to print; standard output by default.
         slot_bytes: For each variable the bytes of its slots, and what they would be in full
             state. Shown where given.
+        updates: For each variable how it is updated. Shown where given.
     """
     table = Table(title=f"MaskedOptimizer {name!r}")
     table.add_column("variable", overflow="fold")
@@ -33,12 +35,14 @@ def print_summary(
         table.add_column("slot bytes", justify="right")
         table.add_column("saved", justify="right")
     table.add_column("way")
+    if updates is not None:
+        table.add_column("update", overflow="fold")
     frozen = [part.size - part.mask.count() for part in partitions]
     for i, part in enumerate(partitions):
         way = f"{part.way} ({part.note})" if part.note else part.way
         shape = " × ".join(str(size) for size in part.variable.shape) or "scalar"
         numbers = _numbers(part.size, frozen[i], part.mask_bytes, None if slot_bytes is None else slot_bytes[i])
-        table.add_row(part.path, shape, *numbers, way)
+        table.add_row(part.path, shape, *numbers, way, *([] if updates is None else [updates[i]]))
     table.add_section()
     size, mask_bytes = sum(part.size for part in partitions), sum(part.mask_bytes for part in partitions)
     slots = None

@@ -133,6 +133,11 @@ class VariableSlots:
         """The slots that are seeded; none where nothing is."""
         return [slot for slot, _ in self._seeded]
 
+    def seeded_among(self, states: Sequence[Variable]) -> list[tuple[int, Slot]]:
+        """The slots that are seeded, in their order, each with its number among some slots of the variable."""
+        numbers = {id(state): number for number, state in enumerate(states)}
+        return [(numbers[id(state)], slot) for slot, state in self._seeded]
+
     def seed(self, gradient: Any, component: tf.Variable, scales: Sequence[tf.Tensor]) -> None:
         """Seeds what waits for it; called where the optimizer updates the variable.
 
@@ -174,6 +179,10 @@ class Seeding(keras_internals.StepHook):
         self._scales = {
             slot: tf.cast(1.0 if slot.scale is None else slot.scale(optimizer, steps), tf.float64) for slot in seeded
         }
+
+    def scales(self, slots: Sequence[Slot]) -> list[tf.Tensor]:
+        """The factors of some slots in the step that is made now, float64 scalars."""
+        return [] if self._scales is None else [self._scales[slot] for slot in slots]
 
     def update(self, gradient: Any, variable: tf.Variable) -> None:
         """Seeds the slots of one variable, if it has any that can be."""

@@ -76,7 +76,7 @@ def test_the_probe_finds_this_tensorflow_without_importing_it(backend):
 
 
 def compile_generic(compiler, tmp_path, *flags):
-    for source in ("kernels_cpu_generic.cc", "dispatch_cpu.cc"):
+    for source in ("kernels_cpu_generic.cc", "fused_cpu_generic.cc", "dispatch_cpu.cc"):
         subprocess.run(
             [
                 *(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *flags),

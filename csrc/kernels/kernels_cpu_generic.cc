@@ -1,35 +1,10 @@
 // The kernels for any processor.
 
-#include "kernels/words_scalar.h"
-
-namespace freezeops {
-namespace {
-
-template <typename U>
-struct Words : ScalarWords<U> {
-  static void zero(U* data, uint64_t selected) {
-    if (count_bits(selected) <= kFewBits) {
-      ScalarWords<U>::zero_bits(data, selected);
-    } else {
-      ScalarWords<U>::zero(data, selected);
-    }
-  }
-  static void copy(U* destination, const U* source, uint64_t selected) {
-    if (count_bits(selected) <= kFewBits) {
-      ScalarWords<U>::copy_bits(destination, source, selected);
-    } else {
-      ScalarWords<U>::copy(destination, source, selected);
-    }
-  }
-};
-
-FREEZEOPS_INLINE void stream_zero(void* data, int64_t bytes) { __builtin_memset(data, 0, bytes); }
-FREEZEOPS_INLINE void stream_fence() {}
-
-}  // namespace
-}  // namespace freezeops
-
+// In this order.
+// clang-format off
+#include "kernels/words_generic.h"
 #include "kernels/kernels_impl.h"
+// clang-format on
 
 namespace freezeops {
 FREEZEOPS_DEFINE_KERNEL_TABLE(kGenericKernels, "generic");

@@ -30,8 +30,7 @@ const char* error_text(int error);
 int driver_version();
 int runtime_version();
 
-// --- Whole tensors
-// ----------------------------------------------------------------------------------------------------
+// --- Whole tensors ---
 
 // Sets the frozen entries of `data` to +0. Reads the mask, and nothing else.
 int zero_frozen(int width, void* data, const MaskView& mask, Stream stream);
@@ -45,8 +44,7 @@ int copy_frozen(int width, void* destination, const void* source, const MaskView
 // destination = source.
 int copy_bytes(void* destination, const void* source, int64_t bytes, Stream stream);
 
-// --- Slices
-// -----------------------------------------------------------------------------------------------------------
+// --- Slices ---
 
 // Rows of a tensor, as in an IndexedSlices.
 struct Slices {
@@ -62,8 +60,7 @@ struct Slices {
 int mask_slices(int width, void* destination, const void* source, const Slices& slices, const MaskView& mask,
                 Stream stream);
 
-// --- Compact state
-// ----------------------------------------------------------------------------------------------------
+// --- Compact state ---
 
 // Which entries of a tensor are trainable. All is in device memory and must say the same; where it does not, nothing is
 // read or written out of bounds, and no frozen entry is written.
@@ -87,8 +84,7 @@ int scatter_trainable(int width, void* destination, const void* compact, const T
 int rank_of_bits(int64_t* ranks, const int64_t* bits, int64_t count, const uint8_t* mask, int64_t kept,
                  const int64_t* offsets, int64_t last, Stream stream);
 
-// --- Seeding
-// ----------------------------------------------------------------------------------------------------------
+// --- Seeding ---
 
 enum class Float { kHalf, kBfloat16, kFloat, kDouble };
 

@@ -10,6 +10,7 @@
 
 #include <stdint.h>
 
+#include "kernels/few_entries.h"
 #include "kernels/kernels.h"
 #include "kernels/mask_walk.h"
 #include "kernels/words_scalar.h"
@@ -41,23 +42,6 @@ FREEZEOPS_INLINE void zero_run(U* data, int64_t length) {
   }
   if (bytes > 0) __builtin_memset(to, 0, bytes);
 }
-
-// Asks for the lines of a word that comes later: what the processor asks for by itself ends with each page, and that is
-// soon where most of a page is passed over.
-template <typename U>
-FREEZEOPS_INLINE void prefetch_ahead(const U* word) {
-  constexpr int64_t kAheadBytes = 2048;
-  const char* ahead = reinterpret_cast<const char*>(word) + kAheadBytes;
-  for (int64_t line = 0; line < 64 * static_cast<int64_t>(sizeof(U)); line += 64) __builtin_prefetch(ahead + line);
-}
-
-// The entries of a block of which few are selected. They are used one block later, when the lines that were asked for
-// have come.
-struct FewEntries {
-  int64_t position = 0;
-  int count = 0;
-  uint16_t entries[kFewInBlock + 2];
-};
 
 template <typename U, int kArrays>
 FREEZEOPS_INLINE void collect_few(FewEntries* few, int64_t position, const uint64_t* block, int words,

@@ -32,10 +32,15 @@ struct TrainableIndices {
   bool wide;  // int64_t, else int32_t
 };
 
+// Whether entries are better found by their indices than by the bits: where these are so few that they take less
+// memory. At a density of 0.01 that takes half the time.
+inline bool FoundByIndex(const MaskLayout& layout, int64_t total, TrainableIndices indices) {
+  return layout.inner == 1 && total < layout.kept / (indices.wide ? 64 : 32);
+}
+
 // The parts of a mask that the threads work on, and the rank at which each begins.
 //
-// Entries are found by the bits, a word at a time. Where there are so few that their indices take less memory than the
-// bits, by these: at a density of 0.01 that takes half the time.
+// Entries are found by the bits, a word at a time, or by their indices.
 class TrainableParts {
  public:
   // `mask` has a layout that does not repeat; `offsets` has rank_blocks(kept) + 1 values, `indices` has `capacity`.
@@ -45,7 +50,7 @@ class TrainableParts {
     const int64_t kept = mask.layout.kept;
     constexpr int64_t kLeastEntries = 16384;
     const int64_t total = offsets[rank_blocks(kept)];
-    by_index_ = mask.layout.inner == 1 && total >= 0 && total <= capacity && total < kept / (indices.wide ? 64 : 32);
+    by_index_ = total >= 0 && total <= capacity && FoundByIndex(mask.layout, total, indices);
     if (by_index_) {
       ranks_ = {0, total};
       fits_ = true;  // as far as can be said before the indices are looked at

@@ -17,6 +17,7 @@ inline constexpr char kGatherCall[] = "freezeops_gather_trainable";
 inline constexpr char kGatherTwoCall[] = "freezeops_gather_two_trainable";
 inline constexpr char kScatterCall[] = "freezeops_scatter_trainable";
 inline constexpr char kSeedCall[] = "freezeops_seed_slots";
+inline constexpr char kFusedCall[] = "freezeops_fused_update";
 
 }  // namespace freezeops
 

@@ -1,0 +1,77 @@
+// The vector types of fused updates, one entry wide: for any processor.
+//
+// A vector type V has
+//   Entry                        what is stored: float, double, Half or Bfloat16
+//   kLanes                       entries in a vector, at most 16
+//   set(entry), load(entries)    the same in all lanes; consecutive entries
+//   store(entries)               all lanes
+//   store(entries, lanes)        those of the set bits; the other entries keep their bits
+//   + - * /, square_root, maximum, sign_of    each rounded to the type of the entries, as Keras's operations are
+
+#ifndef FREEZEOPS_KERNELS_VECTORS_SCALAR_H_
+#define FREEZEOPS_KERNELS_VECTORS_SCALAR_H_
+
+#include <stdint.h>
+
+#include "kernels/float16.h"
+#include "kernels/fused.h"
+
+namespace freezeops {
+namespace {
+
+template <FusedType kType>
+struct EntryOf;
+template <>
+struct EntryOf<kFloat16> {
+  using Type = Half;
+  using Acc = float;
+};
+template <>
+struct EntryOf<kBfloat16> {
+  using Type = Bfloat16;
+  using Acc = float;
+};
+template <>
+struct EntryOf<kFloat32> {
+  using Type = float;
+  using Acc = float;
+};
+template <>
+struct EntryOf<kFloat64> {
+  using Type = double;
+  using Acc = double;
+};
+
+template <FusedType kType>
+struct Single {
+  using Entry = typename EntryOf<kType>::Type;
+  using Acc = typename EntryOf<kType>::Acc;
+  static constexpr int kLanes = 1;
+  Acc value;
+
+  static Single of(Acc result) { return {static_cast<Acc>(static_cast<Entry>(result))}; }
+  static Single set(Entry entry) { return {static_cast<Acc>(entry)}; }
+  static Single load(const Entry* entries) { return set(*entries); }
+  void store(Entry* entries) const { *entries = static_cast<Entry>(value); }
+  void store(Entry* entries, uint32_t lanes) const {
+    if (lanes & 1) store(entries);
+  }
+
+  friend Single operator+(Single a, Single b) { return of(a.value + b.value); }
+  friend Single operator-(Single a, Single b) { return of(a.value - b.value); }
+  friend Single operator*(Single a, Single b) { return of(a.value * b.value); }
+  friend Single operator/(Single a, Single b) { return of(a.value / b.value); }
+  friend Single square_root(Single a) {
+    return of(sizeof(Acc) == 4 ? __builtin_sqrtf(static_cast<float>(a.value))
+                               : static_cast<Acc>(__builtin_sqrt(a.value)));
+  }
+  friend Single maximum(Single a, Single b) { return a.value < b.value ? b : a; }
+  friend Single sign_of(Single a) {
+    return {a.value > 0 ? Acc(1) : a.value < 0 ? Acc(-1) : a.value == 0 ? Acc(0) : a.value};
+  }
+};
+
+}  // namespace
+}  // namespace freezeops
+
+#endif  // FREEZEOPS_KERNELS_VECTORS_SCALAR_H_

@@ -1,0 +1,339 @@
+"""Fused updates: for Keras's own optimizers one native pass over gradient, variable, slots and mask bits.
+
+Which optimizers these are, what a step of theirs multiplies with, and how a step is handed to `ops.fused_update`. The
+arithmetic of an entry is in `csrc/kernels/fused_rules.h` and in its twin, `reference_updates.py`.
+
+Read in Keras 3.15.1, `optimizers/*.py`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from freezeops import keras_internals, ops
+from freezeops.compact import CompactPartition
+from freezeops.keras_internals import Variable
+from freezeops.layout import Layout
+from freezeops.partition import MaskedPartition, Partition, UnmaskedPartition
+from freezeops.slots import Slot
+from freezeops.transforms import Gradient
+from freezeops.unfreezing import Seeding, VariableSlots
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of optimizer updates an entry.
+
+    Attributes:
+        name: Its name in `csrc/kernels/fused_rules.h`.
+        slots: Attributes of the optimizer that hold the slots, in the order given there.
+        scalars: From an optimizer, its learning rate and the variables' dtype: what an update is
+            multiplied by, then the numbers that are the rule's own, in the order given there.
+            Each is calculated by Keras's own operations, so that no rounding differs.
+        sparse: Whether it takes `tf.IndexedSlices`.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    scalars: Callable[[Any, tf.Tensor, str], list[Any]]
+    sparse: bool = False
+
+
+def _sgd(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    return [rate, keras.ops.cast(optimizer.momentum, dtype)] if optimizer.momentum else [rate]
+
+
+def _adam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    step = keras.ops.cast(optimizer.iterations + 1, dtype)
+    power_1 = keras.ops.power(keras.ops.cast(optimizer.beta_1, dtype), step)
+    power_2 = keras.ops.power(keras.ops.cast(optimizer.beta_2, dtype), step)
+    alpha = rate * keras.ops.sqrt(1 - power_2) / (1 - power_1)
+    return [alpha, 1 - optimizer.beta_1, 1 - optimizer.beta_2, optimizer.epsilon]
+
+
+def _nadam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    step, next_step = (keras.ops.cast(optimizer.iterations + ahead, dtype) for ahead in (1, 2))
+    decay, beta_1, beta_2 = (keras.ops.cast(value, dtype) for value in (0.96, optimizer.beta_1, optimizer.beta_2))
+    u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, step))
+    next_u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, next_step))
+    product = keras.ops.cast(optimizer._u_product, dtype)
+    rest = [next_u, 1 - product * next_u, 1 - u, 1 - product, 1 - keras.ops.power(beta_2, step)]
+    return [rate, 1 - beta_1, 1 - beta_2, optimizer.epsilon, *rest]
+
+
+def _rmsprop(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    momentum = [optimizer.momentum] if optimizer.momentum > 0 else []
+    return [rate, optimizer.rho, 1 - optimizer.rho, optimizer.epsilon, *momentum]
+
+
+def _adagrad(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    return [rate, optimizer.epsilon]
+
+
+def _lion(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    beta_1, beta_2 = keras.ops.cast(optimizer.beta_1, dtype), keras.ops.cast(optimizer.beta_2, dtype)
+    return [rate, beta_1, 1.0 - beta_1, beta_2, 1.0 - beta_2]
+
+
+def rule_of(optimizer: keras.optimizers.Optimizer) -> Rule | str:
+    """The rule of a built optimizer that wraps no other; or why there is none, in words for people."""
+    cls = type(optimizer)
+    if not any(cls is getattr(keras.optimizers, name) for name in _RULES):
+        return f"not one of {', '.join(_RULES)} itself"
+    if optimizer.use_ema:
+        return "a moving average looks at what each step wrote"
+    rule = _RULES[cls.__name__](optimizer)
+    if any(not isinstance(getattr(optimizer, name, None), list | tuple) for name in rule.slots):
+        return "its slots are not where this version of freezeops knows them"
+    return rule
+
+
+def _rule_of_sgd(optimizer: Any) -> Rule:
+    if not optimizer.momentum:
+        return Rule("sgd", (), _sgd)
+    return Rule("sgd_nesterov" if optimizer.nesterov else "sgd_momentum", ("momentums",), _sgd, sparse=True)
+
+
+def _rule_of_adam(optimizer: Any) -> Rule:
+    slots = ("_momentums", "_velocities")
+    if optimizer.amsgrad:
+        return Rule("adam_amsgrad", (*slots, "_velocity_hats"), _adam, sparse=True)
+    return Rule("adam", slots, _adam, sparse=True)
+
+
+def _rule_of_rmsprop(optimizer: Any) -> Rule:
+    name, slots = "rmsprop", ["_velocities"]
+    if optimizer.momentum > 0:
+        name, slots = name + "_momentum", [*slots, "_momentums"]
+    if optimizer.centered:
+        name, slots = name + "_centered", [*slots, "_average_gradients"]
+    return Rule(name, tuple(slots), _rmsprop)
+
+
+_RULES: dict[str, Callable[[Any], Rule]] = {
+    "SGD": _rule_of_sgd,
+    "Adam": _rule_of_adam,
+    "AdamW": _rule_of_adam,
+    "Nadam": lambda optimizer: Rule("nadam", ("_momentums", "_velocities"), _nadam, sparse=True),
+    "RMSprop": _rule_of_rmsprop,
+    "Adagrad": lambda optimizer: Rule("adagrad", ("_accumulators",), _adagrad),
+    "Lion": lambda optimizer: Rule("lion", ("_momentums",), _lion),
+}
+"""By the name of the class in `keras.optimizers`: the rule of an optimizer of just that class."""
+
+
+def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether anything looks at a gradient before the update that it is for.
+
+    Norms, accumulators and checks for NaN must see zeros for frozen entries; a fused update sees
+    nothing of them.
+
+    Args:
+        outermost: What `MaskedOptimizer` wraps.
+        optimizer: The one that updates variables, behind any wrappers.
+    """
+    wrappers = [part for part in keras_internals.wrapped_optimizers(outermost) if part is not optimizer]
+    return bool(
+        optimizer.clipnorm
+        or optimizer.global_clipnorm
+        or optimizer.gradient_accumulation_steps
+        or any(hasattr(part, "inner_optimizer") for part in wrappers)
+    )
+
+
+def reason_against(part: Partition) -> str:
+    """Why a variable can't be fused whatever the optimizer; "" where it can."""
+    if not isinstance(part, MaskedPartition | UnmaskedPartition):
+        return "never updated"
+    if keras_internals.dtype_name(part.variable) not in ops.FLOAT_DTYPES:
+        return "its dtype"
+    if getattr(part.variable, "constraint", None) is not None:
+        return "a constraint writes it after the update"
+    if getattr(part.variable, "overwrite_with_gradient", False):
+        return "its gradient overwrites it"
+    return ""
+
+
+@dataclass
+class _Group:
+    """Variables that one call of the op updates."""
+
+    parts: list[Partition] = field(default_factory=list)
+    variables: list[tf.Variable] = field(default_factory=list)
+    gradients: list[Gradient] = field(default_factory=list)
+
+
+class FusedUpdates(keras_internals.UpdateHook):
+    """The fused updates of one optimizer.
+
+    Args:
+        outermost: What `MaskedOptimizer` wraps.
+        optimizer: The one of it that wraps no other, built.
+        rule: Its rule.
+        seeding: What seeds its slots.
+    """
+
+    def __init__(
+        self,
+        outermost: keras.optimizers.Optimizer,
+        optimizer: keras.optimizers.Optimizer,
+        rule: Rule,
+        seeding: Seeding,
+    ):
+        self.rule = rule
+        self._outermost = outermost
+        self._optimizer = optimizer
+        self._seeding = seeding
+        self._parts: dict[str, tuple[Partition, list[Variable], VariableSlots | None]] = {}
+        self._taken: frozenset[str] = frozenset()
+
+    def add(self, part: Partition, number: int, slots: VariableSlots | None) -> None:
+        """Includes a variable.
+
+        Args:
+            part: Its partition.
+            number: Its number among the optimizer's variables.
+            slots: What is known of its slots, if entries of it can be unfrozen.
+        """
+        states = [getattr(self._optimizer, name)[number] for name in self.rule.slots]
+        seeded = slots if slots is not None and slots.unseeded is not None else None
+        self._parts[keras_internals.variable_key(part.variable)] = part, states, seeded
+
+    @property
+    def direct(self) -> bool:
+        """Whether gradients come as the model gives them.
+
+        Otherwise something looks at them before the update. Those of compact variables are then of
+        trainable entries alone, gathered before.
+        """
+        return not _looks_at_gradients(self._outermost, self._optimizer)
+
+    def takes(self, gradient: Gradient) -> bool:
+        """Whether a gradient of such a kind can be fused."""
+        return self.rule.sparse or not isinstance(gradient, tf.IndexedSlices)
+
+    def take(self, part: Partition, gradient: Gradient) -> tuple[Gradient, Variable, Any]:
+        """What the optimizer is given for a gradient.
+
+        Returns:
+            A gradient, the variable that it is of, and a snapshot for `put_back`; `None`: nothing is to be put back.
+        """
+        if self.direct:
+            if isinstance(part, CompactPartition):
+                part.check_not_pending()
+            return part.checked(gradient), part.variable, None
+        if isinstance(part, CompactPartition):
+            gradient, snapshot = part.take_and_remember(gradient)
+            return gradient, part.inner_variable, snapshot
+        return part.masked(gradient), part.variable, None
+
+    def begin(self, parts: Sequence[Partition]) -> None:
+        """Says what the step that begins is to update in one pass; nothing is, as it ends."""
+        self._taken = frozenset(keras_internals.variable_key(part.variable) for part in parts)
+
+    def includes(self, variable: Variable) -> bool:  # noqa: D102
+        return bool(self._taken) and keras_internals.variable_key(variable) in self._taken
+
+    def update(  # noqa: D102
+        self,
+        strategy: tf.distribute.Strategy,
+        grads_and_vars: Sequence[tuple[Gradient, tf.Variable]],
+        learning_rate: Any,
+    ) -> None:
+        groups: dict[tuple[str, bool, str], _Group] = {}
+        for gradient, variable in grads_and_vars:
+            part = self._parts[keras_internals.variable_key(variable)][0]
+            compact = isinstance(part, CompactPartition) and self.direct
+            key = keras_internals.dtype_name(variable), compact, keras_internals.device_of(variable)
+            group = groups.setdefault(key, _Group())
+            group.parts.append(part)
+            group.variables.append(variable)
+            group.gradients.append(gradient)
+        for (_, compact, _), group in groups.items():
+            together = functools.partial(self._update_together, group, compact)
+            # In each replica with its own copies.
+            args = group.variables, group.gradients, learning_rate
+            strategy.extended.update(group.variables[0], together, args=args, group=False)
+
+    def _update_together(
+        self,
+        group: _Group,
+        compact: bool,
+        first: tf.Variable,
+        variables: Sequence[tf.Variable],
+        gradients: Sequence[Gradient],
+        learning_rate: Any,
+    ) -> None:
+        optimizer, dtype = self._optimizer, keras_internals.dtype_name(first)
+        rate = keras.ops.cast(learning_rate, dtype)
+        decay: list[Any] = [0.0, 0.0]
+        if optimizer.weight_decay is not None:
+            decay = [tf.cast(value, dtype) for value in (optimizer.weight_decay, optimizer.learning_rate)]
+            if not tf.executing_eagerly():
+                # As Grappler reorders Keras's `variable * decay * rate`.
+                decay = [decay[0] * decay[1], 1.0]
+        step, *others = self.rule.scalars(optimizer, rate, dtype)
+        fused = []
+        seeded: list[tuple[int, Slot]] = []
+        for part, variable, gradient in zip(group.parts, variables, gradients, strict=True):
+            _, states, slots = self._parts[keras_internals.variable_key(part.variable)]
+            fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
+            if slots is not None:
+                seeded = slots.seeded_among(states)  # the same for all
+        ops.fused_update(
+            self.rule.name,
+            fused,
+            tf.stack([tf.cast(tf.convert_to_tensor(value, dtype), dtype) for value in (step, *decay, *others)]),
+            [number for number, _ in seeded],
+            [2 if slot.role == "second_moment" else 1 for _, slot in seeded],
+            self._seeding.scales([slot for _, slot in seeded]),
+        )
+
+    def _fused_variable(
+        self,
+        part: Partition,
+        variable: tf.Variable,
+        gradient: Gradient,
+        compact: bool,
+        states: Sequence[Variable],
+        slots: VariableSlots | None,
+    ) -> ops.FusedVariable:
+        optimizer = self._optimizer
+        # What the optimizer was built with, of which `variable` is a copy (or of whose model's variable it is).
+        own = part.variable if self.direct else part.inner_variable
+
+        def beside(other: Variable) -> tf.Variable:
+            return keras_internals.component_beside(other, own, variable)
+
+        # A compact variable by itself has an entry for each trainable one, and room.
+        masked = part if isinstance(part, MaskedPartition) and compact == isinstance(part, CompactPartition) else None
+        index = part.index if isinstance(part, CompactPartition) and compact else None
+        return ops.FusedVariable(
+            variable=variable,
+            gradient=tf.cast(gradient, variable.dtype),
+            slots=[beside(state) for state in states],
+            layout=Layout(1, 1, math.prod(variable.shape)) if masked is None else masked.layout,
+            bits=None if masked is None else beside(masked.bits),
+            ranks=None if index is None else (beside(index.offsets), beside(index.indices)),
+            unseeded=None if slots is None else beside(slots.unseeded),
+            decays=optimizer.weight_decay is not None and optimizer._use_weight_decay(variable),
+        )
+
+
+@contextmanager
+def steps(of_each: Iterable[tuple[FusedUpdates, Sequence[Partition]]]) -> Iterator[None]:
+    """Around a step (or, in a `tf.function`, around its trace): what each of some optimizers updates in one pass."""
+    of_each = list(of_each)
+    try:
+        for updates, parts in of_each:
+            updates.begin(parts)
+        yield
+    finally:
+        for updates, _ in of_each:
+            updates.begin([])

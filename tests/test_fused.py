@@ -1,0 +1,507 @@
+"""Fused updates: the native op against its twin, a step against Keras's own, and which variables are fused at all."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+from common import OPTIONS, SETUPS, assert_same_bits, bits, in_mode
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_promise import check
+
+import freezeops as fz
+from freezeops import _native, compact, ops, reference_updates
+from freezeops.layout import Layout
+from freezeops.reference_updates import FusedVariable
+
+FUSED = {
+    name: setup
+    for name, setup in SETUPS.items()
+    if name.split()[0] in ("SGD", "RMSprop", "Adam", "AdamW", "Nadam", "Adagrad", "Lion")
+}
+ROUNDED_OTHERWISE = ("RMSprop", "Adagrad")
+"""In `tf.function` TensorFlow turns x / sqrt(y) into x * rsqrt(y), and its rsqrt is not rounded correctly."""
+
+RULES = {
+    # Slots, and scalars: rate, decay, its rate, then the rule's own.
+    "sgd": (0, [0.1, 0.01, 0.1]),
+    "sgd_momentum": (1, [0.1, 0.01, 0.1, 0.9]),
+    "sgd_nesterov": (1, [0.1, 0.01, 0.1, 0.9]),
+    "adam": (2, [0.01, 0.01, 0.1, 0.1, 0.05, 1e-3]),
+    "adam_amsgrad": (3, [0.01, 0.01, 0.1, 0.1, 0.05, 1e-3]),
+    "nadam": (2, [0.01, 0.01, 0.1, 0.1, 0.05, 1e-3, 0.9, 0.5, 0.2, 0.6, 0.7]),
+    "rmsprop": (1, [0.01, 0.01, 0.1, 0.9, 0.1, 1e-3]),
+    "rmsprop_momentum": (2, [0.01, 0.01, 0.1, 0.9, 0.1, 1e-3, 0.9]),
+    "rmsprop_centered": (2, [0.01, 0.01, 0.1, 0.9, 0.1, 1.0]),
+    "rmsprop_momentum_centered": (3, [0.01, 0.01, 0.1, 0.9, 0.1, 1.0, 0.9]),
+    "adagrad": (1, [0.01, 0.01, 0.1, 1e-3]),
+    "lion": (1, [0.01, 0.01, 0.1, 0.9, 0.1, 0.8, 0.2]),
+}
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+LENGTHS = st.sampled_from([0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 129, 200, 513, 5000])
+LAYOUTS = st.one_of(
+    st.builds(Layout, st.just(1), LENGTHS, st.just(1)),
+    st.builds(Layout, st.just(1), st.sampled_from([1, 5, 64, 130]), st.sampled_from([1, 3, 16, 64, 100])),
+    st.builds(Layout, st.sampled_from([2, 3, 70]), st.sampled_from([1, 5, 64, 130]), st.sampled_from([1, 4])),
+)
+SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def passing_of(packed, layout):
+    """Which entries are trainable."""
+    passing = np.unpackbits(packed, count=layout.kept, bitorder="little").astype(bool)
+    return np.broadcast_to(passing[None, :, None], layout).reshape(-1)
+
+
+def variables_of(rng, rule, dtype, layouts, density, compact_state, seeded):
+    """The same generated variables, twice; and what the op is told beside them."""
+    real, (slot_count, scalars) = DTYPES[dtype], RULES[rule]
+    seed_slots = list(range(min(slot_count, 2)))[::-1] if seeded else []
+
+    def normal(size):
+        return rng.normal(size=size).astype(real)
+
+    results = [], []
+    for number, layout in enumerate(layouts):
+        size = layout.size
+        packed = np.packbits(rng.random(layout.kept) < density, bitorder="little")
+        room = ops.count_bits(packed, layout.kept) + number
+        slot_size = room * layout.inner if compact_state else size
+        offsets, indices = compact.TrainableIndex.arrays(packed, layout, room)
+        values, gradient = normal(size), normal(size)
+        masked = compact_state or number != 1 or layout.outer * layout.inner > 1
+        # NaN, infinities and subnormals where nothing may be written.
+        frozen = np.flatnonzero(~passing_of(packed, layout)) if masked else np.zeros(0, int)
+        odd = rng.integers(0, 256, frozen.size * real.itemsize, dtype=np.uint8).view(real)
+        values[frozen] = gradient[frozen] = odd
+        slots = [np.abs(normal(slot_size)) for _ in range(slot_count)]
+        for slot in slots:
+            slot[rng.random(slot_size) < 0.3] = 0
+        waiting = np.packbits(rng.random(slot_size) < 0.5, bitorder="little")
+        for variables in results:
+            variables.append(
+                FusedVariable(
+                    variable=tf.Variable(values),
+                    gradient=tf.constant(gradient),
+                    slots=[tf.Variable(slot) for slot in slots],
+                    layout=layout if masked else Layout(1, 1, size),
+                    bits=tf.Variable(packed) if masked else None,
+                    ranks=(tf.Variable(offsets), tf.Variable(indices)) if compact_state else None,
+                    unseeded=tf.Variable(waiting) if seeded else None,
+                    decays=number % 2 == 0,
+                )
+            )
+    scales = [tf.constant(0.5, tf.float64), tf.constant(0.25, tf.float64)][: len(seed_slots)]
+    scalars = tf.constant(np.array(scalars).astype(real))
+    return *results, (scalars, seed_slots, [2, 1][: len(seed_slots)], scales)
+
+
+def assert_same_state(ours, twins, told):
+    """Frozen entries bit for bit; trainable ones too, but that one NaN is as good as another."""
+    for one, twin in zip(ours, twins, strict=True):
+        pairs = [(one.variable, twin.variable), *zip(one.slots, twin.slots, strict=True)]
+        if one.unseeded is not None:
+            assert_same_bits(one.unseeded.numpy(), twin.unseeded.numpy(), f"{told} unseeded")
+        for number, (actual, expected) in enumerate(pairs):
+            actual, expected = actual.numpy(), expected.numpy()
+            if one.ranks is not None and number:
+                used = ops.count_bits(one.bits.numpy(), one.layout.kept) * one.layout.inner
+                actual, expected, passing = actual[:used], expected[:used], np.ones(used, bool)
+            else:
+                passing = passing_of(np.array([255], np.uint8) if one.bits is None else one.bits.numpy(), one.layout)
+            both_nan = np.isnan(actual) & np.isnan(expected) & passing
+            actual[both_nan] = expected[both_nan] = 0
+            assert_same_bits(actual, expected, f"{told} array {number}")
+
+
+@pytest.mark.skipif(_native.op_library() is None, reason="no native library for this TensorFlow")
+class TestAgainstTheTwin:
+    @pytest.mark.parametrize("compact_state", [False, True], ids=["full", "compact"])
+    @SETTINGS
+    @given(
+        rule=st.sampled_from(list(RULES)),
+        dtype=st.sampled_from(list(DTYPES)),
+        layouts=st.lists(LAYOUTS, min_size=1, max_size=3),
+        density=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.99, 1.0]),
+        seeded=st.booleans(),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    @example("adam", "float32", [Layout(1, 40000, 1)], 0.01, True, 0)
+    @example("adam", "float32", [Layout(1, 40000, 1), Layout(1, 3, 1)], 0.5, True, 1)
+    @example("lion", "bfloat16", [Layout(1, 40000, 1)], 0.02, False, 2)
+    @example("adam_amsgrad", "float64", [Layout(1, 500, 100)], 0.5, True, 3)
+    def test_dense(self, compact_state, rule, dtype, layouts, density, seeded, seed):
+        if compact_state:
+            layouts = [Layout(1, layout.kept, layout.inner) for layout in layouts]
+        rng = np.random.default_rng(seed)
+        ours, twins, told = variables_of(rng, rule, dtype, layouts, density, compact_state, seeded and RULES[rule][0])
+        ops.fused_update(rule, ours, *told)
+        reference_updates.fused_update(rule, twins, *told)
+        assert_same_state(ours, twins, f"{rule} {dtype} {layouts}")
+
+    @pytest.mark.parametrize("compact_state", [False, True], ids=["full", "compact"])
+    @settings(SETTINGS, max_examples=60)
+    @given(
+        rule=st.sampled_from(["sgd_momentum", "sgd_nesterov", "adam", "adam_amsgrad", "nadam"]),
+        dtype=st.sampled_from(["float32", "float64"]),
+        rows=st.sampled_from([1, 5, 64, 300]),
+        width=st.sampled_from([1, 3, 16, 100]),
+        count=st.sampled_from([0, 1, 7, 50]),
+        by_rows=st.booleans(),
+        density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        seeded=st.booleans(),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_slices(self, compact_state, rule, dtype, rows, width, count, by_rows, density, seeded, seed):
+        rng = np.random.default_rng(seed)
+        layout = Layout(1, rows, width) if by_rows else Layout(1, rows * width, 1)
+        ours, twins, told = variables_of(rng, rule, dtype, [layout], density, compact_state, seeded)
+        indices = tf.constant(rng.integers(0, rows, count), tf.int64)
+        values = tf.constant(rng.normal(size=(count, width)).astype(dtype))
+        slices = tf.IndexedSlices(values, indices, tf.constant([rows, width], tf.int64))
+        ops.fused_update(rule, [ours[0]._replace(gradient=slices)], *told)
+        reference_updates.fused_update(rule, [twins[0]._replace(gradient=slices)], *told)
+        assert_same_state(ours, twins, f"{rule} {dtype} {layout}")
+
+    @pytest.mark.parametrize("isa", ["generic", "avx2"])
+    def test_lower_instruction_sets(self, isa, monkeypatch):
+        """In a process of its own: the choice is made once."""
+        tests = Path(__file__).parent
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "import numpy as np\n"
+            "from test_fused import *\n"
+            "for state in (False, True):\n"
+            "  for rule in RULES:\n"
+            "    for dtype in DTYPES:\n"
+            "      for density in (0.01, 0.5, 1.0):\n"
+            "        layouts = [Layout(1, 5003, 1), Layout(1, 77, 9)]\n"
+            "        rng, seeded = np.random.default_rng(1), RULES[rule][0]\n"
+            "        ours, twins, told = variables_of(rng, rule, dtype, layouts, density, state, seeded)\n"
+            "        ops.fused_update(rule, ours, *told)\n"
+            "        reference_updates.fused_update(rule, twins, *told)\n"
+            "        assert_same_state(ours, twins, f'{rule} {dtype} {density}')\n"
+            "print('done')\n"
+        )
+        environment = os.environ | {"FREEZEOPS_ISA": isa, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tests)], capture_output=True, text=True, env=environment, timeout=600
+        )
+        assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-3000:]
+
+    def test_refuses_what_does_not_belong_together(self):
+        rng = np.random.default_rng(0)
+        layout = Layout(1, 100, 1)
+
+        def update(**changed):
+            (one,), _, told = variables_of(rng, "adam", "float32", [layout], 0.5, False, False)
+            before = [array.numpy() for array in (one.variable, *one.slots)]
+            with pytest.raises(tf.errors.InvalidArgumentError) as error:
+                ops.fused_update("adam", [one._replace(**changed)], *told)
+            for array, value in zip((one.variable, *one.slots), before, strict=True):
+                assert_same_bits(array.numpy(), value, "changed before the error")
+            return str(error.value)
+
+        assert "slot must be" in update(slots=[tf.Variable(tf.zeros([100])), tf.Variable(tf.zeros([99]))])
+        assert "gradient must have the 100 entries" in update(gradient=tf.zeros([99]))
+        assert "mask must have shape [13]" in update(bits=tf.Variable(tf.zeros([12], tf.uint8)))
+        assert "must be of dtype float" in update(variable=tf.Variable(tf.zeros([100], tf.float64)))
+        bad_rows = tf.IndexedSlices(tf.zeros([1, 10]), tf.constant([10], tf.int64), tf.constant([10, 10], tf.int64))
+        assert "indices must be in [0, 10)" in update(gradient=bad_rows)
+
+    def test_ranks_of_another_mask_are_refused(self):
+        (one,), _, told = variables_of(
+            np.random.default_rng(0), "adam", "float32", [Layout(1, 5000, 1)], 0.5, True, False
+        )
+        one.bits.assign(np.full(625, 255, np.uint8))
+        value = one.variable.numpy()
+        with pytest.raises(tf.errors.InvalidArgumentError, match="offsets"):
+            ops.fused_update("adam", [one], *told)
+        assert_same_bits(one.variable.numpy(), value)
+
+
+def apply_one(optimizer, variable, gradient):
+    optimizer.apply([gradient], [variable])
+
+
+SHAPES = [(37, 41), (129,), (3,), (500, 7)]
+
+
+def train(setup, mode, fused, dtype="float32", state="full", steps=6, options=None, gradients=None, kind="elements"):
+    """Trains with masks; `fused=None`: by Keras's own optimizer, with gradients and variables masked by hand."""
+    rng = np.random.default_rng(3)
+    masks = [
+        rng.random(shape if kind == "elements" else (shape[0],) + (1,) * (len(shape) - 1)) < 0.6 for shape in SHAPES
+    ]
+    variables = [
+        keras.Variable(rng.normal(size=shape).astype("float32"), dtype=dtype, name=f"v{i}")
+        for i, shape in enumerate(SHAPES)
+    ]
+    optimizer = FUSED[setup](**(options or {}))
+    if fused is not None:
+        optimizer = fz.MaskedOptimizer(optimizer, state=state, fused=fused)
+        for variable, mask in zip(variables, masks, strict=True):
+            optimizer.register_mask(variable, mask)
+    optimizer.build(variables)
+
+    def step(gradients):
+        if fused is not None:
+            optimizer.apply(gradients, variables)
+            return
+        old = [tf.identity(variable.value) for variable in variables]
+        optimizer.apply([tf.where(m, g, tf.zeros_like(g)) for m, g in zip(masks, gradients, strict=True)], variables)
+        for variable, mask, value in zip(variables, masks, old, strict=True):
+            variable.assign(tf.where(mask, variable.value, value))
+
+    step = in_mode(step, mode)
+    for _ in range(steps):
+        step([tf.cast(rng.normal(size=shape).astype("float32"), dtype) for shape in SHAPES])
+    return [variable.numpy() for variable in variables], masks, optimizer
+
+
+def options_for(setup, dtype):
+    # Keras computes in the variable's dtype, where the default 0.999 is 1.
+    return {"beta_2": 0.9} if dtype == "bfloat16" and setup.split()[0] in ("Adam", "AdamW", "Nadam") else {}
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["eager", "function"])
+@pytest.mark.parametrize("setup", FUSED)
+def test_as_keras(setup, mode, dtype, state):
+    options = options_for(setup, dtype)
+    ours, masks, optimizer = train(setup, mode, True, dtype, state, options=options)
+    assert optimizer._update_notes() == ["fused"] * len(SHAPES)
+    expected, _, _ = train(setup, mode, None, dtype, options=options)
+    for actual, by_keras, mask in zip(ours, expected, masks, strict=True):
+        frozen = ~np.broadcast_to(mask, actual.shape)
+        assert_same_bits(actual[frozen], by_keras[frozen], "frozen")
+        if mode == "eager" or setup.split()[0] not in ROUNDED_OTHERWISE:
+            assert_same_bits(actual, by_keras, f"{setup} {mode} {dtype} {state}")
+        else:
+            # Six steps of at most 2 units in the last place, and what the rounding of the sum makes of them.
+            wide, unit = by_keras.astype("float64"), float(ml_dtypes.finfo(actual.dtype).eps)
+            assert np.max(np.abs(actual.astype("float64") - wide)) <= 16 * unit * max(np.max(np.abs(wide)), 1)
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("setup", ["SGD momentum", "AdamW", "Nadam", "Lion"])
+def test_with_options_as_unfused(setup, option, state):
+    ours, _, _ = train(setup, "function", True, state=state, options=OPTIONS[option])
+    expected, _, _ = train(setup, "function", False, state=state, options=OPTIONS[option])
+    for actual, unfused in zip(ours, expected, strict=True):
+        assert_same_bits(actual, unfused, f"{setup} {option}")
+
+
+@pytest.mark.parametrize("mode", ["eager", "function"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("setup", FUSED)
+def test_the_promise(setup, option, mode):
+    check(setup, OPTIONS[option], mode, fused=True)
+
+
+@pytest.mark.parametrize("option", ["plain", "weight_decay", "global_clipnorm", "accumulation"])
+@pytest.mark.parametrize(
+    "setup", ["SGD momentum", "AdamW", "Adam amsgrad", "Nadam", "RMSprop momentum centered", "Lion"]
+)
+def test_the_promise_under_xla(setup, option):
+    check(setup, OPTIONS[option], "jit", fused=True)
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("setup", FUSED)
+def test_under_xla_as_keras(setup, state):
+    ours, masks, _ = train(setup, "jit", True, state=state)
+    expected, _, _ = train(setup, "eager", None)
+    for actual, by_keras, mask in zip(ours, expected, masks, strict=True):
+        assert_same_bits(actual[~mask], by_keras[~mask], "frozen")
+        # The native kernel is called; what differs is how XLA calculates the scalars.
+        np.testing.assert_allclose(actual, by_keras, rtol=2e-6, atol=2e-6)
+
+
+def test_no_drift():
+    ours, _, _ = train("Adam", "function", True, steps=1000)
+    expected, _, _ = train("Adam", "function", None, steps=1000)
+    for actual, by_keras in zip(ours, expected, strict=True):
+        assert_same_bits(actual, by_keras)
+
+
+@pytest.mark.parametrize(
+    "setup", ["SGD", "SGD momentum", "SGD nesterov", "Adam", "Adam amsgrad", "Nadam", "RMSprop", "Lion"]
+)
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_slices_as_keras(setup, state, repeated):
+    """Where Keras makes a sparse gradient dense, every trainable row moves; where it does not, the named ones do."""
+    results = []
+    for fused in (True, False):
+        rng = np.random.default_rng(5)
+        variable = keras.Variable(rng.normal(size=(40, 6)).astype("float32"), name="table")
+        optimizer = fz.MaskedOptimizer(FUSED[setup](), state=state, fused=fused)
+        optimizer.register_mask(variable, rng.random((40, 1)) < 0.5)
+        optimizer.build([variable])
+        step = in_mode(functools.partial(apply_one, optimizer, variable), "function")
+        for _ in range(4):
+            rows = rng.integers(0, 40, 9) if repeated else rng.permutation(40)[:9]
+            values = tf.constant(rng.normal(size=(9, 6)).astype("float32"))
+            step(tf.IndexedSlices(values, tf.constant(rows), tf.constant([40, 6], tf.int64)))
+        results.append(variable.numpy())
+    if repeated and setup == "Nadam":
+        # Keras divides each of the repeated rows before it sums them.
+        np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+    else:
+        assert_same_bits(*results, setup)
+
+
+@pytest.mark.parametrize("setup", ["Adam", "Nadam", "RMSprop"])
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("policy", ["seed", "zero", "keep"])
+def test_unfreezing_as_unfused(setup, state, policy):
+    results = []
+    for fused in (True, False):
+        rng = np.random.default_rng(8)
+        variable = keras.Variable(rng.normal(size=(30, 30)).astype("float32"), name="w")
+        mask = rng.random((30, 30)) < 0.4
+        optimizer = fz.MaskedOptimizer(
+            FUSED[setup](),
+            state=state,
+            unfreeze_policy=policy,
+            capacity=1.0 if state == "compact" else None,
+            fused=fused,
+        )
+        optimizer.register_mask(variable, mask)
+        optimizer.build([variable])
+        for number in range(8):
+            if number == 4:
+                optimizer.unfreeze(variable, rng.random((30, 30)) < 0.3)
+            gradient = rng.normal(size=(30, 30)).astype("float32")
+            gradient[rng.random((30, 30)) < 0.3] = 0
+            optimizer.apply([tf.constant(gradient)], [variable])
+        results.append([variable.numpy(), *(v.numpy() for v in optimizer.variables if v.dtype == "float32")])
+    # The bits of frozen entries' slots are nobody's business.
+    assert_same_bits(results[0][0], results[1][0], f"{setup} {policy}")
+
+
+def test_switched_in_mid_training():
+    rng = np.random.default_rng(2)
+    gradients = [rng.normal(size=(50, 3)).astype("float32") for _ in range(9)]
+    results = []
+    for switching in (False, True):
+        variable = keras.Variable(np.ones((50, 3), "float32"), name="w")
+        optimizer = fz.MaskedOptimizer(keras.optimizers.AdamW(0.1), fused=switching)
+        optimizer.freeze(variable, np.s_[:10])
+        for number, gradient in enumerate(gradients):
+            if switching:
+                optimizer.fused = number % 3 != 1
+            optimizer.apply([tf.constant(gradient)], [variable])
+        results.append(variable.numpy())
+    assert_same_bits(*results)
+
+
+def test_saved_and_loaded(tmp_path):
+    def model(fused):
+        keras.utils.set_random_seed(0)
+        keras.utils.clear_session()
+        made = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, name="a"), keras.layers.Dense(1, name="b")])
+        optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), fused=fused)
+        optimizer.freeze("a/kernel", np.s_[:2])
+        made.compile(optimizer, "mse", jit_compile=False)
+        return made
+
+    x, y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.ones((64, 1), "float32")
+    whole = model(False)
+    whole.fit(x, y, epochs=4, shuffle=False, verbose=0)
+    first = model(True)
+    first.fit(x, y, epochs=2, shuffle=False, verbose=0)
+    first.save(tmp_path / "m.keras")
+    second = keras.models.load_model(tmp_path / "m.keras")
+    assert second.optimizer.fused is True
+    second.compile(second.optimizer, "mse", jit_compile=False)
+    second.fit(x, y, epochs=2, shuffle=False, verbose=0)
+    for actual, expected in zip(second.get_weights(), whole.get_weights(), strict=True):
+        assert_same_bits(actual, expected)
+
+
+def test_no_pass_over_whole_variables_is_left():
+    """A fused step is one op: neither masking nor remembering nor restoring, nor any arithmetic on tensors."""
+    variable = keras.Variable(np.ones((64, 64), "float32"), name="w")
+    optimizer = fz.MaskedOptimizer(keras.optimizers.AdamW(0.1), fused=True)
+    optimizer.register_mask(variable, np.random.default_rng(0).random((64, 64)) < 0.5)
+    optimizer.build([variable])
+    step = tf.function(lambda g: optimizer.apply([g], [variable]), autograph=False)
+    graph = step.get_concrete_function(tf.TensorSpec((64, 64))).graph
+    assert "Freezeops>FusedUpdate" in {op.type for op in graph.get_operations()}
+    large = {op.type for op in graph.get_operations() for out in op.outputs if out.shape.num_elements() == 64 * 64}
+    assert large <= {"Placeholder", "Identity", "IdentityN"}
+
+
+def fused_note(inner, variable=None, **arguments):
+    variable = keras.Variable(np.ones((4, 4), "float32"), name="w") if variable is None else variable
+    optimizer = fz.MaskedOptimizer(inner, fused=arguments.pop("fused", True), **arguments)
+    optimizer.freeze(variable, 0)
+    optimizer.build([variable])
+    return optimizer._update_notes()[0]
+
+
+def test_who_is_fused_and_who_is_not(capsys):
+    class MyAdam(keras.optimizers.Adam):
+        pass
+
+    assert fused_note(keras.optimizers.Adam()) == "fused"
+    assert fused_note(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())) == "fused"
+    assert "not one of" in fused_note(MyAdam())
+    assert "not one of" in fused_note(keras.optimizers.Ftrl())
+    assert "moving average" in fused_note(keras.optimizers.Adam(use_ema=True))
+    constrained = keras.layers.Dense(2, kernel_constraint="non_neg")
+    constrained.build((3, 2))
+    assert "constraint" in fused_note(keras.optimizers.Adam(), constrained.kernel)
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(), fused=True)
+    variable = keras.Variable(np.ones(3, "float32"), name="w")
+    optimizer.build([variable])
+    optimizer.summary()
+    assert "fused" in capsys.readouterr().out
+
+
+def test_a_clipnorm_set_late_does_not_see_frozen_entries():
+    variable = keras.Variable(np.zeros(4, "float32"), name="w")
+    optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(1.0), fused=True)
+    optimizer.freeze(variable, [0])
+    optimizer.build([variable])
+    optimizer.inner_optimizer.clipnorm = 1.0
+    optimizer.apply([tf.constant([1e6, 3.0, 0.0, 4.0])], [variable])
+    np.testing.assert_allclose(variable.numpy(), [0, -0.6, 0, -0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_fused_must_be_a_bool(value):
+    with pytest.raises(TypeError, match="`fused` must be a bool. Received: fused="):
+        fz.MaskedOptimizer(keras.optimizers.Adam(), fused=value)
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam())
+    with pytest.raises(TypeError, match="`fused` must be a bool"):
+        optimizer.fused = value
+
+
+def test_variables_without_a_mask_are_fused_too():
+    results = []
+    for fused in (True, False):
+        variable = keras.Variable(np.linspace(-1, 1, 100).astype("float32"), name="w")
+        optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), maskable={"w": "none"}, fused=fused)
+        for _ in range(3):
+            optimizer.apply([variable.value * 2], [variable])
+        assert optimizer._update_notes() == (["fused"] if fused else None)
+        results.append(variable.numpy())
+    assert_same_bits(*results)
+    assert bits(results[0]).size == 100
