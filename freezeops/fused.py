@@ -8,7 +8,7 @@ Read in Keras 3.15.1, `optimizers/*.py`.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +86,8 @@ def rule_of(optimizer: keras.optimizers.Optimizer) -> Rule | str:
     cls = type(optimizer)
     if not any(cls is getattr(keras.optimizers, name) for name in _RULES):
         return f"not one of {', '.join(_RULES)} itself"
+    if not keras_internals.can_update_together(optimizer):
+        return "this version of Keras updates variables in a way that freezeops does not know"
     if optimizer.use_ema:
         return "a moving average looks at what each step wrote"
     rule = _RULES[cls.__name__](optimizer)
@@ -169,7 +171,7 @@ class _Group:
     gradients: list[Gradient] = field(default_factory=list)
 
 
-class FusedUpdates(keras_internals.UpdateHook):
+class FusedUpdates:
     """The fused updates of one optimizer.
 
     Args:
@@ -187,11 +189,10 @@ class FusedUpdates(keras_internals.UpdateHook):
         seeding: Seeding,
     ):
         self.rule = rule
+        self.optimizer = optimizer
+        self.seeding = seeding
+        self.parts: dict[str, tuple[Partition, list[Variable], VariableSlots | None]] = {}
         self._outermost = outermost
-        self._optimizer = optimizer
-        self._seeding = seeding
-        self._parts: dict[str, tuple[Partition, list[Variable], VariableSlots | None]] = {}
-        self._taken: frozenset[str] = frozenset()
 
     def add(self, part: Partition, number: int, slots: VariableSlots | None) -> None:
         """Includes a variable.
@@ -201,30 +202,52 @@ class FusedUpdates(keras_internals.UpdateHook):
             number: Its number among the optimizer's variables.
             slots: What is known of its slots, if entries of it can be unfrozen.
         """
-        states = [getattr(self._optimizer, name)[number] for name in self.rule.slots]
+        states = [getattr(self.optimizer, name)[number] for name in self.rule.slots]
         seeded = slots if slots is not None and slots.unseeded is not None else None
-        self._parts[keras_internals.variable_key(part.variable)] = part, states, seeded
+        self.parts[keras_internals.variable_key(part.variable)] = part, states, seeded
 
     @property
-    def direct(self) -> bool:
-        """Whether gradients come as the model gives them.
+    def reason_against(self) -> str:
+        """Why nothing can be fused in the step that begins; "" where it can: options can be set at any time."""
+        rule = rule_of(self.optimizer)
+        if isinstance(rule, str):
+            return rule
+        return "" if rule == self.rule else "its options are not those that it was built with"
 
-        Otherwise something looks at them before the update. Those of compact variables are then of
-        trainable entries alone, gathered before.
-        """
-        return not _looks_at_gradients(self._outermost, self._optimizer)
+    def step(self) -> "FusedStep":
+        """A step that begins."""
+        return FusedStep(self, direct=not _looks_at_gradients(self._outermost, self.optimizer))
+
+
+class FusedStep(keras_internals.UpdateHook):
+    """One step of an optimizer, or the trace of one: what it updates in one pass.
+
+    Args:
+        updates: Of the optimizer.
+        direct: Whether gradients come as the model gives them. Otherwise something looks at them before the update;
+            those of compact variables are then of trainable entries alone, gathered before.
+    """
+
+    def __init__(self, updates: FusedUpdates, direct: bool):
+        self.owner = updates
+        self._updates = updates
+        self._direct = direct
+        self._taken: set[str] = set()
+        self._updated = False
 
     def takes(self, gradient: Gradient) -> bool:
         """Whether a gradient of such a kind can be fused."""
-        return self.rule.sparse or not isinstance(gradient, tf.IndexedSlices)
+        return self._updates.rule.sparse or not isinstance(gradient, tf.IndexedSlices)
 
     def take(self, part: Partition, gradient: Gradient) -> tuple[Gradient, Variable, Any]:
-        """What the optimizer is given for a gradient.
+        """Includes a variable.
 
         Returns:
-            A gradient, the variable that it is of, and a snapshot for `put_back`; `None`: nothing is to be put back.
+            A gradient for the optimizer, the variable that it is of, and a snapshot for `put_back`; `None`: nothing is
+            to be put back.
         """
-        if self.direct:
+        self._taken.add(keras_internals.variable_key(part.variable))
+        if self._direct:
             if isinstance(part, CompactPartition):
                 part.check_not_pending()
             return part.checked(gradient), part.variable, None
@@ -233,12 +256,21 @@ class FusedUpdates(keras_internals.UpdateHook):
             return gradient, part.inner_variable, snapshot
         return part.masked(gradient), part.variable, None
 
-    def begin(self, parts: Sequence[Partition]) -> None:
-        """Says what the step that begins is to update in one pass; nothing is, as it ends."""
-        self._taken = frozenset(keras_internals.variable_key(part.variable) for part in parts)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around the optimizer's `apply`."""
+        with keras_internals.updating_together(self._updates.optimizer, self):
+            yield
+        # Where replicas wait for each other, one of them updates for all.
+        if self._direct and self._taken and not self._updated and not tf.distribute.has_strategy():
+            raise RuntimeError(
+                "The inner optimizer must update variables by Keras's own `apply` with `fused=True`: one that was "
+                f"changed may have moved frozen entries. Received: {self._updates.optimizer.name!r}, which made no "
+                "update in one pass. Pass fused=False"
+            )
 
     def includes(self, variable: Variable) -> bool:  # noqa: D102
-        return bool(self._taken) and keras_internals.variable_key(variable) in self._taken
+        return keras_internals.variable_key(variable) in self._taken
 
     def update(  # noqa: D102
         self,
@@ -246,10 +278,11 @@ class FusedUpdates(keras_internals.UpdateHook):
         grads_and_vars: Sequence[tuple[Gradient, tf.Variable]],
         learning_rate: Any,
     ) -> None:
+        self._updated = True
         groups: dict[tuple[str, bool, str], _Group] = {}
         for gradient, variable in grads_and_vars:
-            part = self._parts[keras_internals.variable_key(variable)][0]
-            compact = isinstance(part, CompactPartition) and self.direct
+            part = self._updates.parts[keras_internals.variable_key(variable)][0]
+            compact = isinstance(part, CompactPartition) and self._direct
             key = keras_internals.dtype_name(variable), compact, keras_internals.device_of(variable)
             group = groups.setdefault(key, _Group())
             group.parts.append(part)
@@ -270,7 +303,7 @@ class FusedUpdates(keras_internals.UpdateHook):
         gradients: Sequence[Gradient],
         learning_rate: Any,
     ) -> None:
-        optimizer, dtype = self._optimizer, keras_internals.dtype_name(first)
+        optimizer, dtype = self._updates.optimizer, keras_internals.dtype_name(first)
         rate = keras.ops.cast(learning_rate, dtype)
         decay: list[Any] = [0.0, 0.0]
         if optimizer.weight_decay is not None:
@@ -278,21 +311,21 @@ class FusedUpdates(keras_internals.UpdateHook):
             if not tf.executing_eagerly():
                 # As Grappler reorders Keras's `variable * decay * rate`.
                 decay = [decay[0] * decay[1], 1.0]
-        step, *others = self.rule.scalars(optimizer, rate, dtype)
+        step, *others = self._updates.rule.scalars(optimizer, rate, dtype)
         fused = []
         seeded: list[tuple[int, Slot]] = []
         for part, variable, gradient in zip(group.parts, variables, gradients, strict=True):
-            _, states, slots = self._parts[keras_internals.variable_key(part.variable)]
+            _, states, slots = self._updates.parts[keras_internals.variable_key(part.variable)]
             fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
             if slots is not None:
                 seeded = slots.seeded_among(states)  # the same for all
         ops.fused_update(
-            self.rule.name,
+            self._updates.rule.name,
             fused,
             tf.stack([tf.cast(tf.convert_to_tensor(value, dtype), dtype) for value in (step, *decay, *others)]),
             [number for number, _ in seeded],
             [2 if slot.role == "second_moment" else 1 for _, slot in seeded],
-            self._seeding.scales([slot for _, slot in seeded]),
+            self._updates.seeding.scales([slot for _, slot in seeded]),
         )
 
     def _fused_variable(
@@ -304,9 +337,9 @@ class FusedUpdates(keras_internals.UpdateHook):
         states: Sequence[Variable],
         slots: VariableSlots | None,
     ) -> ops.FusedVariable:
-        optimizer = self._optimizer
+        optimizer = self._updates.optimizer
         # What the optimizer was built with, of which `variable` is a copy (or of whose model's variable it is).
-        own = part.variable if self.direct else part.inner_variable
+        own = part.variable if self._direct else part.inner_variable
 
         def beside(other: Variable) -> tf.Variable:
             return keras_internals.component_beside(other, own, variable)
@@ -324,16 +357,3 @@ class FusedUpdates(keras_internals.UpdateHook):
             unseeded=None if slots is None else beside(slots.unseeded),
             decays=optimizer.weight_decay is not None and optimizer._use_weight_decay(variable),
         )
-
-
-@contextmanager
-def steps(of_each: Iterable[tuple[FusedUpdates, Sequence[Partition]]]) -> Iterator[None]:
-    """Around a step (or, in a `tf.function`, around its trace): what each of some optimizers updates in one pass."""
-    of_each = list(of_each)
-    try:
-        for updates, parts in of_each:
-            updates.begin(parts)
-        yield
-    finally:
-        for updates, _ in of_each:
-            updates.begin([])

@@ -5,8 +5,9 @@ Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimi
 """
 
 import inspect
+import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -291,36 +292,41 @@ def step_count(optimizer: keras.optimizers.Optimizer) -> int:
 class StepHook:
     """What `before_updates` calls."""
 
-    def begin(self, optimizer: keras.optimizers.Optimizer) -> None:
-        """Called once a step, before the updates."""
+    owner: object
+    """What makes such hooks: those of replicas that wait for each other have the same."""
 
-    def update(self, gradient: Any, variable: tf.Variable) -> None:
-        """Called before each variable's update; also where somebody calls `update_step` outside of a step."""
-
-    def end(self) -> None:
-        """Called after the updates."""
+    def before_update(self, gradient: Any, variable: tf.Variable) -> None:
+        """Called before each variable's update."""
+        raise NotImplementedError
 
 
-def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> None:
-    """Has an optimizer call a hook right before it updates variables, with the gradients that it then uses.
+def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> AbstractContextManager:
+    """While this lasts, and in this thread, a hook is called right before an optimizer updates a variable.
 
-    That is after everything that can change a gradient or skip a step: accumulation,
+    With the gradient that it then uses, after everything that can change a gradient or skip a step: accumulation,
     clipping, loss scaling, the sum over replicas.
 
     Args:
         optimizer: One that wraps no other. It is changed.
-        hook: What to call, instead of what was given before.
+        hook: What to call.
     """
-    optimizer._freezeops_hook = Untracked(hook)
-    optimizer._backend_update_step = types.MethodType(_update_step_with_hook, optimizer)
-    optimizer.update_step = types.MethodType(_update_with_hook, optimizer)
+    return _during_step(optimizer, "_freezeops_before_updates", {"update_step": _update_with_hook}, hook)
+
+
+def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
+    if hook := _hook_now(self, "_freezeops_before_updates"):
+        hook.before_update(gradient, variable)
+    return type(self).update_step(self, gradient, variable, learning_rate)
 
 
 class UpdateHook:
-    """What `update_together` calls."""
+    """What updates variables all at once in a step, see `updating_together`."""
+
+    owner: object
+    """What makes such hooks: those of replicas that wait for each other have the same."""
 
     def includes(self, variable: Variable) -> bool:
-        """Whether the hook updates this variable in the step that is made now."""
+        """Whether the hook updates this variable."""
         raise NotImplementedError
 
     def update(
@@ -336,33 +342,79 @@ class UpdateHook:
         raise NotImplementedError
 
 
-def update_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> None:
-    """Has a hook update the variables that it includes, all of a step at once.
+def can_update_together(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether `updating_together` knows how this version of Keras updates variables."""
+    return all(callable(getattr(type(optimizer), name, None)) for name in _UPDATES)
+
+
+def updating_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> AbstractContextManager:
+    """While this lasts, and in this thread, a hook updates the variables that it includes, all of a step at once.
 
     Args:
         optimizer: One that wraps no other. It is changed.
-        hook: What to call, instead of what was given before.
+        hook: What to call.
     """
-    optimizer._freezeops_updates = Untracked(hook)
-    optimizer._apply_weight_decay = types.MethodType(_decay_others, optimizer)
-    optimizer._distributed_tf_update_step = types.MethodType(_update_others, optimizer)
+    return _during_step(optimizer, "_freezeops_updates", _UPDATES, hook)
+
+
+@contextmanager
+def _during_step(
+    optimizer: Any, name: str, methods: Mapping[str, Callable[..., Any]], hook: StepHook | UpdateHook
+) -> Iterator[None]:
+    """Puts methods before those of an optimizer, for good; and for a while a hook that they find by `_hook_now`.
+
+    Not for good: another `MaskedOptimizer` may wrap the same optimizer, and people may call it themselves.
+    """
+    if not hasattr(optimizer, name):
+        setattr(optimizer, name, Untracked({}))
+        for method_name, method in methods.items():
+            setattr(optimizer, method_name, types.MethodType(method, optimizer))
+    hooks, thread = getattr(optimizer, name).value, threading.get_ident()
+    hooks[thread] = hook
+    try:
+        yield
+    finally:
+        del hooks[thread]
+
+
+def _hook_now(optimizer: Any, name: str) -> Any:
+    """The hook of this thread's step, or of the step that this thread works for; `None` where there is none."""
+    hooks = getattr(optimizer, name).value
+    if (own := hooks.get(threading.get_ident())) or not tf.distribute.has_strategy():
+        return own
+    # Replicas wait in threads of their own while one that has none updates for them.
+    waiting = list(hooks.values())
+    if len({id(hook.owner) for hook in waiting}) > 1:
+        raise RuntimeError(
+            "One optimizer must not be used by two MaskedOptimizers at the same time. "
+            f"Received: {len(waiting)} steps at once of {optimizer.name!r}"
+        )
+    return waiting[0] if waiting else None
 
 
 def _decay_others(self: Any, variables: Any) -> None:
-    hook = self._freezeops_updates.value
-    others = [variable for variable in variables if not hook.includes(variable)]
+    hook = _hook_now(self, "_freezeops_updates")
+    others = [variable for variable in variables if hook is None or not hook.includes(variable)]
     if others:
         type(self)._apply_weight_decay(self, others)
 
 
 def _update_others(self: Any, distribution: Any, grads_and_vars: Any, learning_rate: Any) -> None:
-    hook = self._freezeops_updates.value
+    hook = _hook_now(self, "_freezeops_updates")
     grads_and_vars = list(grads_and_vars)
-    together = [(gradient, variable) for gradient, variable in grads_and_vars if hook.includes(variable)]
-    others = [(gradient, variable) for gradient, variable in grads_and_vars if not hook.includes(variable)]
-    if together:
-        hook.update(distribution, together, learning_rate)
-    type(self)._distributed_tf_update_step(self, distribution, others, learning_rate)
+    if hook is not None:
+        together = [pair for pair in grads_and_vars if hook.includes(pair[1])]
+        grads_and_vars = [pair for pair in grads_and_vars if not hook.includes(pair[1])]
+        if together:
+            hook.update(distribution, together, learning_rate)
+    type(self)._distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate)
+
+
+_UPDATES: dict[str, Callable[..., None]] = {
+    "_apply_weight_decay": _decay_others,
+    "_distributed_tf_update_step": _update_others,
+}
+"""By name: what `updating_together` puts before methods of an optimizer."""
 
 
 class Untracked:
@@ -370,19 +422,6 @@ class Untracked:
 
     def __init__(self, value: Any):
         self.value = value
-
-
-def _update_step_with_hook(self: Any, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
-    hook = self._freezeops_hook.value
-    # Replicas come here in turn and then update together, so whichever was last began for all.
-    hook.begin(self)
-    type(self)._backend_update_step(self, grads, trainable_variables, learning_rate)
-    hook.end()
-
-
-def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
-    self._freezeops_hook.value.update(gradient, variable)
-    return type(self).update_step(self, gradient, variable, learning_rate)
 
 
 def average_slots(

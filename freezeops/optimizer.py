@@ -1,8 +1,9 @@
 """`MaskedOptimizer`: freezes entries around any Keras optimizer."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import keras
@@ -13,7 +14,7 @@ from freezeops import compact, fused, inner_state, keras_internals, layout, mask
 from freezeops.compact import Capacity, CompactPartition, TrainableIndex
 from freezeops.compact_slots import CompactSlots, EntryState, entry_states, packed_into, positions_of, unpacked
 from freezeops.elementwise import check_elementwise
-from freezeops.fused import FusedUpdates
+from freezeops.fused import FusedStep, FusedUpdates
 from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.layout import Layout
 from freezeops.mask import Mask
@@ -94,8 +95,6 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             Adagrad or Lion, without a moving average. Results and state are those of the inner
             optimizer. Everything else goes the general way; `summary()` says which and why. May
             be set at any time; functions that were traced before go on as they were traced.
-            Not the default yet: under XLA it needs the CPU and TensorFlow 2.20; where a GPU is visible
-            it runs on TensorFlow's own ops.
 
     Raises:
         ValueError: If an argument belongs to the inner optimizer, or is unknown; with
@@ -128,7 +127,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         unfreeze_policy: unfreezing.Policy = "seed",
         name: str | None = None,
         capacity: Capacity | Mapping[str, Capacity] | None = None,
-        fused: bool = False,
+        fused: bool = True,
         **kwargs: Any,
     ):
         _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, fused, kwargs)
@@ -360,7 +359,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             positions: Of the variables to look at; by default all.
         """
         for base in keras_internals.base_optimizers(self.inner_optimizer):
-            seeding = self._state.seedings.setdefault(id(base), Seeding())
+            seeding = self._state.seedings.setdefault(id(base), Seeding(base))
             for variable, slots in slots_of(base):
                 position = self._state.index.find_position(variable)
                 if position is None or (positions is not None and position not in positions):
@@ -380,7 +379,6 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                     zeros = np.zeros(own.unseeded_bytes, np.uint8)
                     own.unseeded = self._make_state(variable, zeros, "unseeded", f"unseeded {position}")
                     seeding.add(variable, own)
-                    keras_internals.before_updates(base, seeding)
 
     def _find_fused(self) -> None:
         """Finds out which variables can be updated in one pass."""
@@ -389,9 +387,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             rule = fused.rule_of(base)
             updates: FusedUpdates | None = None
             if isinstance(rule, fused.Rule):
-                seeding = self._state.seedings.setdefault(id(base), Seeding())
+                seeding = self._state.seedings.setdefault(id(base), Seeding(base))
                 updates = FusedUpdates(self.inner_optimizer, base, rule, seeding)
-                keras_internals.update_together(base, updates)
             for number, variable in enumerate(base._trainable_variables):
                 position = self._state.index.find_position(variable)
                 if position is None:
@@ -417,18 +414,14 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         _check_fused(fused)
         self._fused = fused
 
-    def _updates_of(self, part: Partition) -> FusedUpdates | None:
-        """What updates a variable in one pass, if anything does."""
-        updates = self._state.updates.get(self._state.index.position(part.variable)) if self._fused else None
-        return updates if isinstance(updates, FusedUpdates) else None
-
     def _update_notes(self) -> list[str] | None:
         if not self._fused:
             return None
         notes = []
         for position, part in enumerate(self._state.partitions):
-            why = self._state.updates.get(position, fused.reason_against(part))
-            notes.append(f"not fused: {why}" if isinstance(why, str) else "fused")
+            updates = self._state.updates.get(position, fused.reason_against(part))
+            why = updates if isinstance(updates, str) else updates.reason_against
+            notes.append(f"not fused: {why}" if why else "fused")
         return notes
 
     def _build_once(self, variables: Sequence[Variable]) -> None:
@@ -609,14 +602,13 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             pairs: list[tuple[Gradient | None, Variable]] = []
             remembered: dict[int, Any] = {}
             rows: dict[int, tf.Tensor] = {}
-            one_pass: dict[int, tuple[FusedUpdates, list[Partition]]] = {}
+            steps = self._fused_steps(variables)
             general: set[int] = set()
             for variable, gradient in zip(variables, grads, strict=True):
                 part = self._partition(variable)
-                updates, inner, snapshot = self._updates_of(part), part.inner_variable, None
-                if gradient is not None and updates is not None and updates.takes(gradient):
-                    gradient, inner, snapshot = updates.take(part, gradient)
-                    one_pass.setdefault(id(updates), (updates, []))[1].append(part)
+                step, inner, snapshot = steps.get(id(part)), part.inner_variable, None
+                if gradient is not None and step is not None and step.takes(gradient):
+                    gradient, inner, snapshot = step.take(part, gradient)
                 elif gradient is not None:
                     gradient, snapshot = part.take_and_remember(gradient)
                     general.add(id(part))
@@ -630,14 +622,35 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 # All are frozen for good; the inner optimizer would not count the step.
                 keras_internals.step_counter(self.inner_optimizer).assign_add(1)
                 return
-            untouched = {
-                id(part)
-                for part in self._state.partitions
-                if self._updates_of(part) is not None and id(part) not in general and id(part) not in remembered
-            }
-            guard = FrozenEntries(self._state.partitions, self._averages(), rows, remembered, untouched)
-            with guard, fused.steps(one_pass.values()):
+            untouched = steps.keys() - general - remembered.keys()
+            with ExitStack() as around:
+                around.enter_context(
+                    FrozenEntries(self._state.partitions, self._averages(), rows, remembered, untouched)
+                )
+                for seeding in self._state.seedings.values():
+                    around.enter_context(seeding.step())
+                for step in {id(step): step for step in steps.values()}.values():
+                    around.enter_context(step.running())
                 self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
+
+    def _fused_steps(self, variables: Sequence[Variable]) -> dict[int, FusedStep]:
+        """By a partition's `id`: the step that can update its variable in one pass.
+
+        Args:
+            variables: Those that there are gradients of.
+        """
+        if not self._fused:
+            return {}
+        # One that is named twice is updated twice, one after the other.
+        counts = Counter(map(self._state.index.position, variables))
+        twice = {position for position, count in counts.items() if count > 1}
+        all_updates = {id(each): each for each in self._state.updates.values() if isinstance(each, FusedUpdates)}
+        steps = {key: updates.step() for key, updates in all_updates.items() if not updates.reason_against}
+        return {
+            id(self._state.partitions[position]): steps[id(updates)]
+            for position, updates in self._state.updates.items()
+            if id(updates) in steps and position not in twice
+        }
 
     def _masks_in_use(self) -> list[tf.Operation]:
         """Fails, as a traced step begins, where `repack` took away a mask that it was traced with."""

@@ -5,6 +5,7 @@ no longer corrects their bias: from zero its first step would be 3.16 learning r
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import keras
@@ -161,34 +162,43 @@ class VariableSlots:
         )
 
 
-class Seeding(keras_internals.StepHook):
-    """Seeds the slots of an optimizer's variables, right before it uses them."""
+class Seeding:
+    """Seeds the slots of an optimizer's variables, right before it uses them.
 
-    def __init__(self) -> None:
-        self._slots: dict[str, VariableSlots] = {}
-        # In a step: the factor of each seed; most variables share them.
-        self._scales: dict[Slot, tf.Tensor] | None = None
+    Args:
+        optimizer: One that wraps no other.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.slots: dict[str, VariableSlots] = {}
 
     def add(self, variable: Variable, slots: VariableSlots) -> None:
         """Includes a variable, whose `unseeded` is there."""
-        self._slots[keras_internals.variable_key(variable)] = slots
+        self.slots[keras_internals.variable_key(variable)] = slots
 
-    def begin(self, optimizer: keras.optimizers.Optimizer) -> None:  # noqa: D102
-        steps = tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.float64)
-        seeded = {slot for slots in self._slots.values() for slot in slots.seeded}
-        self._scales = {
-            slot: tf.cast(1.0 if slot.scale is None else slot.scale(optimizer, steps), tf.float64) for slot in seeded
-        }
+    def step(self) -> AbstractContextManager:
+        """Around a step of the optimizer, or its trace."""
+        return keras_internals.before_updates(self.optimizer, _SeedingStep(self)) if self.slots else nullcontext()
 
     def scales(self, slots: Sequence[Slot]) -> list[tf.Tensor]:
         """The factors of some slots in the step that is made now, float64 scalars."""
-        return [] if self._scales is None else [self._scales[slot] for slot in slots]
+        steps = tf.cast(tf.convert_to_tensor(self.optimizer.iterations), tf.float64)
+        return [tf.cast(1.0 if slot.scale is None else slot.scale(self.optimizer, steps), tf.float64) for slot in slots]
 
-    def update(self, gradient: Any, variable: tf.Variable) -> None:
+
+class _SeedingStep(keras_internals.StepHook):
+    """One step, in which most variables share the factors."""
+
+    def __init__(self, seeding: Seeding):
+        self.owner = seeding
+        self._seeding = seeding
+        self._scales: dict[tuple[tf.Graph | None, tuple[Slot, ...]], list[tf.Tensor]] = {}
+
+    def before_update(self, gradient: Any, variable: tf.Variable) -> None:
         """Seeds the slots of one variable, if it has any that can be."""
-        slots = self._slots.get(keras_internals.variable_key(variable))
-        if slots is not None and self._scales is not None:
-            slots.seed(gradient, variable, [self._scales[slot] for slot in slots.seeded])
-
-    def end(self) -> None:  # noqa: D102
-        self._scales = None
+        if slots := self._seeding.slots.get(keras_internals.variable_key(variable)):
+            key = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(), tuple(slots.seeded)
+            if key not in self._scales:
+                self._scales[key] = self._seeding.scales(slots.seeded)
+            slots.seed(gradient, variable, self._scales[key])

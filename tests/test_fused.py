@@ -4,6 +4,8 @@ import functools
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -483,6 +485,114 @@ def test_a_clipnorm_set_late_does_not_see_frozen_entries():
     optimizer.inner_optimizer.clipnorm = 1.0
     optimizer.apply([tf.constant([1e6, 3.0, 0.0, 4.0])], [variable])
     np.testing.assert_allclose(variable.numpy(), [0, -0.6, 0, -0.8], rtol=1e-6)
+
+
+def masked_variable(entries=100):
+    rng = np.random.default_rng(4)
+    variable = keras.Variable(rng.normal(size=entries).astype("float32"), name="w")
+    return variable, rng.random(entries) < 0.5, tf.constant(rng.normal(size=entries).astype("float32"))
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@pytest.mark.parametrize("inner_class", [keras.optimizers.Adam, keras.optimizers.AdamW])
+@pytest.mark.parametrize("other_fused", [True, False])
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_an_optimizer_that_is_wrapped_twice(inner_class, other_fused, state, mode):
+    """What the second wrapper did to the optimizer leaves the first one's masks in force, and the other way round."""
+    variable, mask, gradient = masked_variable()
+    inner = inner_class(0.1)
+    first = fz.MaskedOptimizer(inner, masks={"w": mask}, state=state)
+    first.build([variable])
+    before = variable.numpy()
+    second = fz.MaskedOptimizer(inner, masks={"w": ~mask}, fused=other_fused)
+    second.build([variable])
+    in_mode(lambda: first.apply([gradient], [variable]), mode)()
+    assert_same_bits(variable.numpy()[~mask], before[~mask], "frozen by the first")
+    assert np.all(variable.numpy()[mask] != before[mask])
+    if state == "compact":
+        return  # Its slots are of the first's trainable entries: nobody else can use it.
+    before = variable.numpy()
+    in_mode(lambda: second.apply([gradient], [variable]), mode)()
+    assert_same_bits(variable.numpy()[mask], before[mask], "frozen by the second")
+    # By itself the optimizer is what it was: all moves.
+    before = variable.numpy()
+    inner.apply([gradient], [variable])
+    assert np.all(variable.numpy() != before)
+
+
+@pytest.mark.parametrize("inner_class", [keras.optimizers.Adam, keras.optimizers.AdamW])
+def test_two_threads_with_one_optimizer(inner_class):
+    """Steps of different threads do not take each other's variables."""
+    of_each = [masked_variable(200_000) for _ in range(2)]
+    variables = [variable for variable, _, _ in of_each]
+    optimizer = fz.MaskedOptimizer(inner_class(0.1))
+    for variable, mask, _ in of_each:
+        optimizer.register_mask(variable, mask)
+    optimizer.build(variables)
+    before = [variable.numpy() for variable in variables]
+    together = threading.Barrier(2)
+
+    def train(variable, gradient):
+        together.wait()
+        for _ in range(30):
+            optimizer.apply([gradient], [variable])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, variables, [gradient for _, _, gradient in of_each]))
+    for (variable, mask, _), value in zip(of_each, before, strict=True):
+        assert_same_bits(variable.numpy()[~mask], value[~mask], "frozen")
+        assert np.all(variable.numpy()[mask] != value[mask])
+
+
+@pytest.mark.parametrize("kind", ["dense", "slices"])
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_a_variable_that_is_named_twice(state, kind):
+    results = []
+    for fused in (True, False):
+        variable, _, gradient = masked_variable(60)
+        variable = keras.Variable(variable.numpy().reshape(20, 3), name="w")
+        gradient = tf.reshape(gradient, [20, 3])
+        if kind == "slices":
+            gradient = tf.IndexedSlices(gradient, tf.range(20), tf.constant([20, 3], tf.int64))
+        optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(0.1, 0.9), state=state, fused=fused)
+        optimizer.freeze(variable, np.s_[:7])
+        before = variable.numpy()
+        optimizer.apply([gradient, gradient], [variable, variable])
+        assert_same_bits(variable.numpy()[:7], before[:7], "frozen")
+        results.append(variable.numpy())
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize(
+    "inner, option, value",
+    [
+        (keras.optimizers.SGD(0.1, momentum=0.9), "momentum", 0.0),
+        (keras.optimizers.SGD(0.1, momentum=0.9), "nesterov", True),
+        (keras.optimizers.RMSprop(0.1, momentum=0.9), "momentum", 0.0),
+        (keras.optimizers.Adam(0.1), "weight_decay", 0.1),
+        (keras.optimizers.Adam(0.1), "epsilon", 1.0),
+        (keras.optimizers.Lion(0.1), "clipvalue", 1e-3),
+    ],
+)
+def test_an_option_that_is_set_late(inner, option, value):
+    results = []
+    for fused in (True, False):
+        variable, mask, gradient = masked_variable()
+        optimizer = fz.MaskedOptimizer(type(inner).from_config(inner.get_config()), masks={"w": mask}, fused=fused)
+        optimizer.apply([gradient], [variable])
+        setattr(optimizer.inner_optimizer, option, value)
+        optimizer.apply([gradient], [variable])
+        results.append(variable.numpy())
+    assert_same_bits(*results)
+
+
+def test_an_update_that_passes_by_is_an_error():
+    variable, mask, gradient = masked_variable()
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), masks={"w": mask})
+    optimizer.build([variable])
+    optimizer.inner_optimizer.apply = lambda gradients, variables: None
+    with pytest.raises(RuntimeError, match="must update variables by Keras's own `apply`"):
+        optimizer.apply([gradient], [variable])
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])
