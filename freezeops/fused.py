@@ -224,14 +224,16 @@ class FusedStep(keras_internals.UpdateHook):
 
     Args:
         updates: Of the optimizer.
-        direct: Whether gradients come as the model gives them. Otherwise something looks at them before the update;
-            those of compact variables are then of trainable entries alone, gathered before.
+        direct: Whether gradients come as the model gives them. Otherwise something looks at them before the update.
     """
 
     def __init__(self, updates: FusedUpdates, direct: bool):
         self.owner = updates
         self._updates = updates
         self._direct = direct
+        # Compact variables: whether the trainable entries are gathered before, so that no others are looked at, or
+        # sent to other replicas.
+        self._gathers = not direct or tf.distribute.get_strategy().num_replicas_in_sync > 1
         self._taken: set[str] = set()
         self._updated = False
 
@@ -247,14 +249,13 @@ class FusedStep(keras_internals.UpdateHook):
             to be put back.
         """
         self._taken.add(keras_internals.variable_key(part.variable))
-        if self._direct:
-            if isinstance(part, CompactPartition):
-                part.check_not_pending()
-            return part.checked(gradient), part.variable, None
         if isinstance(part, CompactPartition):
-            gradient, snapshot = part.take_and_remember(gradient)
-            return gradient, part.inner_variable, snapshot
-        return part.masked(gradient), part.variable, None
+            if self._gathers:
+                gradient, snapshot = part.take_and_remember(gradient)
+                return gradient, part.inner_variable, snapshot
+            part.check_not_pending()
+        gradient = part.checked(gradient) if self._direct else part.masked(gradient)
+        return gradient, part.variable, None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -282,7 +283,7 @@ class FusedStep(keras_internals.UpdateHook):
         groups: dict[tuple[str, bool, str], _Group] = {}
         for gradient, variable in grads_and_vars:
             part = self._updates.parts[keras_internals.variable_key(variable)][0]
-            compact = isinstance(part, CompactPartition) and self._direct
+            compact = isinstance(part, CompactPartition) and not self._gathers
             key = keras_internals.dtype_name(variable), compact, keras_internals.device_of(variable)
             group = groups.setdefault(key, _Group())
             group.parts.append(part)
@@ -290,8 +291,8 @@ class FusedStep(keras_internals.UpdateHook):
             group.gradients.append(gradient)
         for (_, compact, _), group in groups.items():
             together = functools.partial(self._update_together, group, compact)
-            # In each replica with its own copies.
-            args = group.variables, group.gradients, learning_rate
+            # In each replica with its own copies of what is no variable.
+            args = group.gradients, learning_rate
             strategy.extended.update(group.variables[0], together, args=args, group=False)
 
     def _update_together(
@@ -299,7 +300,6 @@ class FusedStep(keras_internals.UpdateHook):
         group: _Group,
         compact: bool,
         first: tf.Variable,
-        variables: Sequence[tf.Variable],
         gradients: Sequence[Gradient],
         learning_rate: Any,
     ) -> None:
@@ -314,7 +314,8 @@ class FusedStep(keras_internals.UpdateHook):
         step, *others = self._updates.rule.scalars(optimizer, rate, dtype)
         fused = []
         seeded: list[tuple[int, Slot]] = []
-        for part, variable, gradient in zip(group.parts, variables, gradients, strict=True):
+        for part, whole, gradient in zip(group.parts, group.variables, gradients, strict=True):
+            variable = keras_internals.component_beside(whole, group.variables[0], first)
             _, states, slots = self._updates.parts[keras_internals.variable_key(part.variable)]
             fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
             if slots is not None:
@@ -339,7 +340,7 @@ class FusedStep(keras_internals.UpdateHook):
     ) -> ops.FusedVariable:
         optimizer = self._updates.optimizer
         # What the optimizer was built with, of which `variable` is a copy (or of whose model's variable it is).
-        own = part.variable if self._direct else part.inner_variable
+        own = part.inner_variable if self._gathers else part.variable
 
         def beside(other: Variable) -> tf.Variable:
             return keras_internals.component_beside(other, own, variable)

@@ -66,6 +66,15 @@ SETUPS = {name: setup for name, setup in SETUPS.items() if hasattr(_O, name.spli
 if not hasattr(_O, "ScheduleFreeAdamW"):
     SETUPS.pop("Muon", None)
 
+FUSED = [name for name in SETUPS if name.split()[0] in ("SGD", "RMSprop", "Adam", "AdamW", "Nadam", "Adagrad", "Lion")]
+"""Those that can be updated in one native pass."""
+
+WAYS = [(name, fused) for name in SETUPS for fused in ((True, False) if name in FUSED else (True,))]
+"""Each with `fused=True`; those for which that makes a difference without it, too."""
+
+ROUNDED_OTHERWISE = ("RMSprop", "Adagrad")
+"""In `tf.function` TensorFlow turns x / sqrt(y) into x * rsqrt(y), and its rsqrt is not rounded correctly."""
+
 OPTIONS: dict[str, dict] = {
     "plain": {},
     "weight_decay": {"weight_decay": 0.1},

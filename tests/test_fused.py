@@ -13,23 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import OPTIONS, SETUPS, assert_same_bits, bits, in_mode
+from common import FUSED, OPTIONS, ROUNDED_OTHERWISE, SETUPS, assert_same_bits, bits, in_mode
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_promise import check
 
 import freezeops as fz
 from freezeops import _native, compact, ops, reference_updates
 from freezeops.layout import Layout
 from freezeops.reference_updates import FusedVariable
-
-FUSED = {
-    name: setup
-    for name, setup in SETUPS.items()
-    if name.split()[0] in ("SGD", "RMSprop", "Adam", "AdamW", "Nadam", "Adagrad", "Lion")
-}
-ROUNDED_OTHERWISE = ("RMSprop", "Adagrad")
-"""In `tf.function` TensorFlow turns x / sqrt(y) into x * rsqrt(y), and its rsqrt is not rounded correctly."""
 
 RULES = {
     # Slots, and scalars: rate, decay, its rate, then the rule's own.
@@ -251,7 +242,7 @@ def train(setup, mode, fused, dtype="float32", state="full", steps=6, options=No
         keras.Variable(rng.normal(size=shape).astype("float32"), dtype=dtype, name=f"v{i}")
         for i, shape in enumerate(SHAPES)
     ]
-    optimizer = FUSED[setup](**(options or {}))
+    optimizer = SETUPS[setup](**(options or {}))
     if fused is not None:
         optimizer = fz.MaskedOptimizer(optimizer, state=state, fused=fused)
         for variable, mask in zip(variables, masks, strict=True):
@@ -308,21 +299,6 @@ def test_with_options_as_unfused(setup, option, state):
         assert_same_bits(actual, unfused, f"{setup} {option}")
 
 
-@pytest.mark.parametrize("mode", ["eager", "function"])
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("setup", FUSED)
-def test_the_promise(setup, option, mode):
-    check(setup, OPTIONS[option], mode, fused=True)
-
-
-@pytest.mark.parametrize("option", ["plain", "weight_decay", "global_clipnorm", "accumulation"])
-@pytest.mark.parametrize(
-    "setup", ["SGD momentum", "AdamW", "Adam amsgrad", "Nadam", "RMSprop momentum centered", "Lion"]
-)
-def test_the_promise_under_xla(setup, option):
-    check(setup, OPTIONS[option], "jit", fused=True)
-
-
 @pytest.mark.parametrize("state", ["full", "compact"])
 @pytest.mark.parametrize("setup", FUSED)
 def test_under_xla_as_keras(setup, state):
@@ -352,7 +328,7 @@ def test_slices_as_keras(setup, state, repeated):
     for fused in (True, False):
         rng = np.random.default_rng(5)
         variable = keras.Variable(rng.normal(size=(40, 6)).astype("float32"), name="table")
-        optimizer = fz.MaskedOptimizer(FUSED[setup](), state=state, fused=fused)
+        optimizer = fz.MaskedOptimizer(SETUPS[setup](), state=state, fused=fused)
         optimizer.register_mask(variable, rng.random((40, 1)) < 0.5)
         optimizer.build([variable])
         step = in_mode(functools.partial(apply_one, optimizer, variable), "function")
@@ -378,7 +354,7 @@ def test_unfreezing_as_unfused(setup, state, policy):
         variable = keras.Variable(rng.normal(size=(30, 30)).astype("float32"), name="w")
         mask = rng.random((30, 30)) < 0.4
         optimizer = fz.MaskedOptimizer(
-            FUSED[setup](),
+            SETUPS[setup](),
             state=state,
             unfreeze_policy=policy,
             capacity=1.0 if state == "compact" else None,

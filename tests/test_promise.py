@@ -21,6 +21,7 @@ from common import (
     NOT_IN_TABLE,
     OPTIONS,
     SETUPS,
+    WAYS,
     assert_same_bits,
     in_mode,
     optimizer_classes,
@@ -121,31 +122,40 @@ def check(setup, options, mode, dtype="float32", **wrapping):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("setup", SETUPS)
-def test_frozen_entries_keep_their_bits(setup, option, mode):
-    check(setup, OPTIONS[option], mode)
+@pytest.mark.parametrize(("setup", "fused"), WAYS)
+def test_frozen_entries_keep_their_bits(setup, fused, option, mode):
+    check(setup, OPTIONS[option], mode, fused=fused)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("setup", ["SGD momentum", "Adam", "AdamW", "RMSprop", "Lion", "ScheduleFreeAdamW"])
-def test_other_dtypes(setup, dtype, mode):
+@pytest.mark.parametrize(
+    ("setup", "fused"),
+    [
+        way
+        for way in WAYS
+        if way[0] in ("SGD momentum", "Adam", "AdamW", "Nadam", "RMSprop", "Adagrad", "Lion", "ScheduleFreeAdamW")
+    ],
+)
+def test_other_dtypes(setup, fused, dtype, mode):
     # EMA with float64 variables fails in Keras itself: it multiplies by a float32 momentum.
     options = {} if setup in ("Adam", "RMSprop") else OPTIONS["weight_decay"]
     if setup in ("Adam", "AdamW"):
         options = options | {"clipvalue": 0.3}
-    if dtype == "bfloat16" and "Adam" in setup:
+    if dtype == "bfloat16" and setup in ("Adam", "AdamW", "Nadam", "ScheduleFreeAdamW"):
         # Keras computes in the variable's dtype, where the default 0.999 is 1.
         options = options | {"beta_2": 0.9}
-    check(setup, options, mode, dtype)
+    check(setup, options, mode, dtype, fused=fused)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("setup", ["SGD momentum", "AdamW", "Ftrl"])
+@pytest.mark.parametrize(
+    ("setup", "fused"), [way for way in WAYS if way[0] in ("SGD momentum", "AdamW", "RMSprop", "Ftrl")]
+)
 @pytest.mark.parametrize("option", ["plain", "ema_overwrite"])
-def test_on_the_reference_twins(setup, option, mode, monkeypatch):
+def test_on_the_reference_twins(setup, fused, option, mode, monkeypatch):
     monkeypatch.setenv("FREEZEOPS_BACKEND", "reference")
-    check(setup, OPTIONS[option], mode)
+    check(setup, OPTIONS[option], mode, fused=fused)
 
 
 def test_no_optimizer_class_is_forgotten():

@@ -2,7 +2,8 @@
 
 The other side is made by hand: gradients through `tf.where`, and after each step
 the frozen entries assigned back. In eager mode and in `tf.function` both sides
-agree bit for bit. XLA reorders arithmetic by itself and compiles two different
+agree bit for bit, but for fused updates where TensorFlow itself rounds otherwise in a
+`tf.function`: there they may differ by `ULPS_PER_STEP`. XLA reorders arithmetic by itself and compiles two different
 programs here, so there each side may differ by `JIT_ULPS` units in the last place
 of the largest magnitude that took part.
 """
@@ -11,13 +12,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import MODES, OPTIONS, SETUPS, assert_same_bits, in_mode
+from common import MODES, OPTIONS, ROUNDED_OTHERWISE, SETUPS, WAYS, assert_same_bits, in_mode
 
 import freezeops as fz
 
 STEPS = 6
 JIT_ULPS = 8
 """After six steps. Most set-ups differ by 0; clipped and mixing ones by the order of a sum."""
+
+ULPS_PER_STEP = 2
 
 SHAPES = [(9, 14), (21,)]
 
@@ -56,14 +59,16 @@ def train(setup, options, mode, by_hand, **wrapping):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("setup", SETUPS)
-def test_as_by_hand(setup, option, mode):
-    ours = train(setup, OPTIONS[option], mode, by_hand=False)
+@pytest.mark.parametrize(("setup", "fused"), WAYS)
+def test_as_by_hand(setup, fused, option, mode):
+    ours = train(setup, OPTIONS[option], mode, by_hand=False, fused=fused)
     by_hand = train(setup, OPTIONS[option], mode, by_hand=True)
     for (start, actual), (_, expected) in zip(ours, by_hand, strict=True):
-        if mode != "jit":
+        rounded_otherwise = mode == "function" and fused and setup.split()[0] in ROUNDED_OTHERWISE
+        if mode != "jit" and not rounded_otherwise:
             assert_same_bits(actual, expected, f"{setup} {option} {mode}")
         else:
             # Entries near zero came there by cancellation: measure against where they started.
             unit = np.spacing(np.maximum(np.abs(expected), np.abs(start)))
-            assert np.max(np.abs(actual - expected) / unit) <= JIT_ULPS
+            most = ULPS_PER_STEP * STEPS if rounded_otherwise else JIT_ULPS
+            assert np.max(np.abs(actual - expected) / unit) <= most
