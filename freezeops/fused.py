@@ -122,7 +122,8 @@ _RULES: dict[str, Callable[[Any], Rule]] = {
     "SGD": _rule_of_sgd,
     "Adam": _rule_of_adam,
     "AdamW": _rule_of_adam,
-    "Nadam": lambda optimizer: Rule("nadam", ("_momentums", "_velocities"), _nadam, sparse=True),
+    # Not slices: Keras divides each by a bias correction before it sums those of a row.
+    "Nadam": lambda optimizer: Rule("nadam", ("_momentums", "_velocities"), _nadam),
     "RMSprop": _rule_of_rmsprop,
     "Adagrad": lambda optimizer: Rule("adagrad", ("_accumulators",), _adagrad),
     "Lion": lambda optimizer: Rule("lion", ("_momentums",), _lion),

@@ -370,11 +370,15 @@ def _during_step(
         for method_name, method in methods.items():
             setattr(optimizer, method_name, types.MethodType(method, optimizer))
     hooks, thread = getattr(optimizer, name).value, threading.get_ident()
+    before = hooks.get(thread)
     hooks[thread] = hook
     try:
         yield
     finally:
-        del hooks[thread]
+        if before is None:
+            del hooks[thread]
+        else:
+            hooks[thread] = before
 
 
 def _hook_now(optimizer: Any, name: str) -> Any:

@@ -383,8 +383,14 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
     def _find_fused(self) -> None:
         """Finds out which variables can be updated in one pass."""
         self._state.updates = {}
+        wrapped = [
+            part
+            for part in keras_internals.wrapped_optimizers(self.inner_optimizer)
+            if isinstance(part, MaskedOptimizer)
+        ]
+        of_others = {id(base) for part in wrapped for base in keras_internals.base_optimizers(part)}
         for base in keras_internals.base_optimizers(self.inner_optimizer):
-            rule = fused.rule_of(base)
+            rule = "another MaskedOptimizer updates it" if id(base) in of_others else fused.rule_of(base)
             updates: FusedUpdates | None = None
             if isinstance(rule, fused.Rule):
                 seeding = self._state.seedings.setdefault(id(base), Seeding(base))

@@ -18,6 +18,9 @@ namespace {
 constexpr int kTogether = 512;
 constexpr int kRoom = kTogether + 64;
 
+// Compact state: of how many entries one must be trainable for words to be updated where they are.
+constexpr int kInPlace = 4;
+
 // How wide an integer moves an entry.
 template <int kBytes>
 struct IntegerOf;
@@ -114,6 +117,42 @@ class Updates {
     for (int i = 0; i < kMostSlots; ++i) {
       if (s[i] != nullptr) put(slots_[i] + base, s[i], entries, count);
     }
+  }
+
+  // Those of a word of 64 entries from `position` on, in compact state, with the slots of the first one at `slot`. What
+  // becomes of the slots goes to `new_slots`, with room for 64 and a vector more. Returns how many there were.
+  int word_of_ranks(int64_t position, uint64_t selected, int64_t slot, Entry* const* new_slots) const {
+    int count = 0;
+    for (int i = 0; i < 64; i += kLanes) {
+      const uint32_t lanes = static_cast<uint32_t>(selected >> i) & kAllLanes;
+      const int64_t at = position + i;
+      V value = V::load(variable_ + at);
+      const V gradient = gradient_ == nullptr ? V::set(Entry(Acc(0))) : V::load(gradient_ + at);
+      const V squared = square_ == nullptr ? gradient * gradient : V::load(square_ + at);
+      V s[kMostSlots] = {gradient, gradient, gradient};  // those that the rule has are loaded
+      for (int j = 0; j < kMostSlots; ++j) {
+        if (slots_[j] != nullptr) s[j] = V::expand(slots_[j] + slot + count, lanes);
+      }
+      update_entry<kRule>(flags_, decays_, scalars_, value, gradient, squared, s);
+      value.store(variable_ + at, lanes);
+      for (int j = 0; j < kMostSlots; ++j) {
+        if (slots_[j] != nullptr) s[j].compress(new_slots[j] + count, lanes);
+      }
+      count += count_bits(lanes);
+    }
+    return count;
+  }
+
+  // What word_of_ranks() made of `count` slots from `slot` on.
+  void put_slots(int64_t slot, Entry* const* new_slots, int count) const {
+    for (int j = 0; j < kMostSlots; ++j) {
+      if (slots_[j] != nullptr) __builtin_memcpy(slots_[j] + slot, new_slots[j], count * sizeof(Entry));
+    }
+  }
+
+  // Whether none of `count` slots from `slot` on, at most 64, waits to be seeded.
+  bool none_waits(int64_t slot, int count) const {
+    return !seeds() || (load_bits(unseeded_, unseeded_bytes_, slot) & low_bits(count)) == 0;
   }
 
   // Seeding, before the update: of slots that wait for it.
@@ -316,8 +355,15 @@ struct CompactVisitor final : AnyVisitor {
   int64_t positions[kTogether];
   uint64_t bits[kTogether];
   Entry w[kRoom], g[kRoom], square[kRoom];
+  // Or, where many of a word's entries are trainable, new slots of words that are updated where they are: to bring them
+  // together would take longer than to calculate for the others in vain.
+  const bool in_place;
+  int new_count = 0;
+  Entry of_new_slots[kMostSlots][kRoom];
+  Entry* const new_slots[kMostSlots] = {of_new_slots[0], of_new_slots[1], of_new_slots[2]};
 
-  CompactVisitor(const Of& updates, int64_t begin, int64_t rank) : updates(updates), begin(begin), rank(rank) {}
+  CompactVisitor(const Of& updates, int64_t begin, int64_t rank, bool in_place)
+      : updates(updates), begin(begin), rank(rank), in_place(in_place) {}
 
   static U* as_integers(Entry* data) { return reinterpret_cast<U*>(data); }
   static const U* as_integers(const Entry* data) { return reinterpret_cast<const U*>(data); }
@@ -345,6 +391,12 @@ struct CompactVisitor final : AnyVisitor {
     }
     words = count = 0;
   }
+  void finish_in_place() {
+    if (new_count == 0) return;
+    updates.put_slots(rank, new_slots, new_count);
+    rank += new_count;
+    new_count = 0;
+  }
   void finish_few() {
     if (waiting.count == 0) return;
     const int64_t base = begin + waiting.position;
@@ -358,8 +410,7 @@ struct CompactVisitor final : AnyVisitor {
   }
 
   void run(int64_t position, int64_t length) override {
-    finish_few();
-    finish_words();
+    finish();
     const int64_t at = begin + position;
     const auto gradient = Of::from(updates.gradient(), at);
     const auto squares = Of::from(updates.square(), at);
@@ -370,6 +421,16 @@ struct CompactVisitor final : AnyVisitor {
   void word(int64_t position, uint64_t selected) override {
     finish_few();
     const int64_t at = begin + position;
+    if constexpr (Of::V::kExpands) {
+      if (in_place && updates.none_waits(rank + count + new_count, count_bits(selected))) {
+        finish_words();
+        Entry* const next[kMostSlots] = {new_slots[0] + new_count, new_slots[1] + new_count, new_slots[2] + new_count};
+        new_count += updates.word_of_ranks(at, selected, rank + new_count, next);
+        if (new_count > kTogether - 64) finish_in_place();
+        return;
+      }
+    }
+    finish_in_place();
     compress(w, updates.variable() + at, selected);
     if (updates.gradient() != nullptr) compress(g, updates.gradient() + at, selected);
     if (updates.square() != nullptr) compress(square, updates.square() + at, selected);
@@ -381,13 +442,13 @@ struct CompactVisitor final : AnyVisitor {
     if (count > kTogether - 64 || words == kTogether) finish_words();
   }
   void tail(int64_t position, uint64_t selected, int64_t) override {
-    finish_few();
-    finish_words();
+    finish();
     waiting.position = position;
     add_bits(&waiting, 0, selected);
   }
   void few(int64_t position, const uint64_t* block, int blocks) override {
     finish_words();
+    finish_in_place();
     FewEntries next;
     next.position = position;
     for (int i = 0; i < blocks; ++i) {
@@ -399,6 +460,12 @@ struct CompactVisitor final : AnyVisitor {
     }
     finish_few();
     waiting = next;
+  }
+  // At most one of these has anything to do: their ranks follow each other.
+  void finish() {
+    finish_few();
+    finish_words();
+    finish_in_place();
   }
 };
 
@@ -413,10 +480,10 @@ void update_full(const FusedStep& step, const FusedTensor& tensor, int64_t begin
 template <Rule kRule, FusedType kType>
 void update_compact(const FusedStep& step, const FusedTensor& tensor, int64_t begin, int64_t end, int64_t rank) {
   const Updates<kRule, kType> updates(step, tensor);
-  CompactVisitor<kRule, kType> visitor(updates, begin, rank);
+  const bool in_place = count_trainable(tensor.mask, begin, end) > (end - begin) / kInPlace;
+  CompactVisitor<kRule, kType> visitor(updates, begin, rank, in_place);
   walk_trainable(tensor.mask, begin, end, visitor);
-  visitor.finish_few();
-  visitor.finish_words();
+  visitor.finish();
 }
 
 template <Rule kRule, FusedType kType, typename Index>

@@ -121,9 +121,11 @@ class FusedParts {
 
   int64_t width() const { return type_ == kFloat64 ? 8 : type_ == kFloat32 ? 4 : 2; }
 
+  // Whether entries are found by their indices and not by the bits. That is faster as long as a word has few.
   static bool ByIndex(const FusedVariable& variable) {
-    return variable.offsets != nullptr && variable.slices == nullptr &&
-           FoundByIndex(variable.tensor.mask.layout, Total(variable), variable.indices);
+    if (variable.offsets == nullptr || variable.slices != nullptr) return false;
+    const MaskLayout& layout = variable.tensor.mask.layout;
+    return layout.inner == 1 && Total(variable) < layout.kept / (variable.indices.wide ? 8 : 4);
   }
 
   static int64_t Total(const FusedVariable& variable) {

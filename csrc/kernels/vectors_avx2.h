@@ -85,6 +85,7 @@ struct Vector {
   using Entry = typename EntryOf<kType>::Type;
   using Format = Format8<kType>;
   static constexpr int kLanes = 8;
+  static constexpr bool kExpands = false;
   __m256 values;
 
   static Vector of(__m256 values) { return {Format::rounded(values)}; }
@@ -112,6 +113,7 @@ template <>
 struct Vector<kFloat64> {
   using Entry = double;
   static constexpr int kLanes = 4;
+  static constexpr bool kExpands = false;
   __m256d values;
 
   static Vector set(double entry) { return {_mm256_set1_pd(entry)}; }

@@ -18,16 +18,36 @@ struct Format16;
 template <>
 struct Format16<kFloat32> {
   static __m512 load(const void* entries) { return _mm512_loadu_ps(entries); }
+  static __m512 expand(const void* entries, __mmask16 lanes, __mmask16 first) {
+    return _mm512_maskz_expand_ps(lanes, _mm512_maskz_loadu_ps(first, entries));
+  }
+  static void compress(void* entries, __mmask16 lanes, __m512 values) {
+    _mm512_storeu_ps(entries, _mm512_maskz_compress_ps(lanes, values));
+  }
   static void store(void* entries, __m512 values) { _mm512_storeu_ps(entries, values); }
   static void store(void* entries, __mmask16 lanes, __m512 values) { _mm512_mask_storeu_ps(entries, lanes, values); }
   static __m512 rounded(__m512 values) { return values; }
 };
+
+// The same for what is stored in 16 bits.
+inline __m256i expand_halves(const void* entries, __mmask16 lanes, __mmask16 first) {
+  return _mm256_maskz_expand_epi16(lanes, _mm256_maskz_loadu_epi16(first, entries));
+}
+inline void compress_halves(void* entries, __mmask16 lanes, __m256i values) {
+  _mm256_storeu_si256(static_cast<__m256i*>(entries), _mm256_maskz_compress_epi16(lanes, values));
+}
 
 template <>
 struct Format16<kFloat16> {
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   static __m512 load(const void* entries) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(entries)));
+  }
+  static __m512 expand(const void* entries, __mmask16 lanes, __mmask16 first) {
+    return _mm512_cvtph_ps(expand_halves(entries, lanes, first));
+  }
+  static void compress(void* entries, __mmask16 lanes, __m512 values) {
+    compress_halves(entries, lanes, narrowed(values));
   }
   // (GCC 12 warns of the intrinsic without lanes.)
   static __m256i narrowed(__m512 values) { return _mm512_maskz_cvtps_ph(0xffff, values, kNearest); }
@@ -42,9 +62,17 @@ struct Format16<kFloat16> {
 
 template <>
 struct Format16<kBfloat16> {
-  static __m512 load(const void* entries) {
-    const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(entries));
+  static __m512 widened(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static __m512 load(const void* entries) {
+    return widened(_mm256_loadu_si256(static_cast<const __m256i*>(entries)));
+  }
+  static __m512 expand(const void* entries, __mmask16 lanes, __mmask16 first) {
+    return widened(expand_halves(entries, lanes, first));
+  }
+  static void compress(void* entries, __mmask16 lanes, __m512 values) {
+    compress_halves(entries, lanes, narrowed(values));
   }
   // Values are rounded already.
   static __m256i narrowed(__m512 values) {
@@ -71,6 +99,7 @@ struct Vector {
   using Entry = typename EntryOf<kType>::Type;
   using Format = Format16<kType>;
   static constexpr int kLanes = 16;
+  static constexpr bool kExpands = true;
   __m512 values;
 
   static Vector of(__m512 values) { return {Format::rounded(values)}; }
@@ -78,6 +107,13 @@ struct Vector {
   static Vector load(const Entry* entries) { return {Format::load(entries)}; }
   void store(Entry* entries) const { Format::store(entries, values); }
   void store(Entry* entries, uint32_t lanes) const { Format::store(entries, static_cast<__mmask16>(lanes), values); }
+  static Vector expand(const Entry* entries, uint32_t lanes) {
+    const uint32_t first = _bzhi_u32(~0u, _mm_popcnt_u32(lanes));
+    return {Format::expand(entries, static_cast<__mmask16>(lanes), static_cast<__mmask16>(first))};
+  }
+  void compress(Entry* entries, uint32_t lanes) const {
+    Format::compress(entries, static_cast<__mmask16>(lanes), values);
+  }
 
   friend Vector operator+(Vector a, Vector b) { return of(_mm512_add_ps(a.values, b.values)); }
   friend Vector operator-(Vector a, Vector b) { return of(_mm512_sub_ps(a.values, b.values)); }
@@ -98,6 +134,7 @@ template <>
 struct Vector<kFloat64> {
   using Entry = double;
   static constexpr int kLanes = 8;
+  static constexpr bool kExpands = true;
   __m512d values;
 
   static Vector set(double entry) { return {_mm512_set1_pd(entry)}; }
@@ -105,6 +142,14 @@ struct Vector<kFloat64> {
   void store(double* entries) const { _mm512_storeu_pd(entries, values); }
   void store(double* entries, uint32_t lanes) const {
     _mm512_mask_storeu_pd(entries, static_cast<__mmask8>(lanes), values);
+  }
+  static Vector expand(const double* entries, uint32_t lanes) {
+    const uint32_t first = _bzhi_u32(~0u, _mm_popcnt_u32(lanes));
+    const __m512d loaded = _mm512_maskz_loadu_pd(static_cast<__mmask8>(first), entries);
+    return {_mm512_maskz_expand_pd(static_cast<__mmask8>(lanes), loaded)};
+  }
+  void compress(double* entries, uint32_t lanes) const {
+    _mm512_storeu_pd(entries, _mm512_maskz_compress_pd(static_cast<__mmask8>(lanes), values));
   }
 
   friend Vector operator+(Vector a, Vector b) { return {_mm512_add_pd(a.values, b.values)}; }

@@ -6,6 +6,10 @@
 //   set(entry), load(entries)    the same in all lanes; consecutive entries
 //   store(entries)               all lanes
 //   store(entries, lanes)        those of the set bits; the other entries keep their bits
+//   kExpands                     whether it has the next two
+//   expand(entries, lanes)       consecutive entries, as many as there are set bits, in the lanes of those
+//   compress(entries, lanes)     the lanes of the set bits, one after the other; what follows up to kLanes entries may
+//                                be overwritten
 //   + - * /, square_root, maximum, sign_of    each rounded to the type of the entries, as Keras's operations are
 
 #ifndef FREEZEOPS_KERNELS_VECTORS_SCALAR_H_
@@ -47,6 +51,7 @@ struct Single {
   using Entry = typename EntryOf<kType>::Type;
   using Acc = typename EntryOf<kType>::Acc;
   static constexpr int kLanes = 1;
+  static constexpr bool kExpands = false;
   Acc value;
 
   static Single of(Acc result) { return {static_cast<Acc>(static_cast<Entry>(result))}; }
