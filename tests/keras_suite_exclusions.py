@@ -106,8 +106,8 @@ EXCLUSIONS = (
             "leaves:optimizer_sparse_test.OptimizerSparseTest.test_sparse_gradients_sgd",
         ),
         "Optimizer is calling `assign`|False != True",
-        "replaces `assign` and `_apply_weight_decay` of the object that it was given, which are "
-        "not those that run (of fused updates neither does); `test_sparse_gradients_stay_sparse` checks what it is about",
+        "replaces `assign` and `_apply_weight_decay` of the object that it was given, which are not those that run "
+        "(in a fused update none does, and the test passes); `test_sparse_gradients_stay_sparse` checks what it is about",
     ),
     # Members and arguments that only the wrapped class has.
     Exclusion(
