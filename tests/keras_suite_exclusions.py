@@ -107,7 +107,7 @@ EXCLUSIONS = (
         ),
         "Optimizer is calling `assign`|False != True",
         "replaces `assign` and `_apply_weight_decay` of the object that it was given, which are not those that run "
-        "(in a fused update none does, and the test passes); `test_sparse_gradients_stay_sparse` checks what it is about",
+        "(in a fused update none does, and it passes); `test_sparse_gradients_stay_sparse` checks what it is about",
     ),
     # Members and arguments that only the wrapped class has.
     Exclusion(
