@@ -1,7 +1,10 @@
 // The CUDA kernels as plain C functions, for ctypes. All kernels are in this one translation unit, so that a compiler
 // of any kind makes the library: nvcc for a GPU; any other runs the same code on the host, see kernels/warps.h.
 
+#include <string.h>
+
 #include "kernels/compact_cuda.cu"
+#include "kernels/fused_cuda.cu"
 #include "kernels/mask_cuda.cu"
 #include "kernels/seed_cuda.cu"
 #if defined(__CUDACC__)
@@ -87,6 +90,31 @@ EXPORT int fz_seed_slots(int type, uint8_t* unseeded, int64_t size, void* const*
   arguments.slices = slices;
   arguments.row_size = row_size;
   return cuda::seed_slots(static_cast<cuda::Float>(type), arguments, stream);
+}
+EXPORT int fz_sum_slices(int type, uint64_t* named, void* sums, void* squares, int64_t slices, int64_t row_size,
+                         const int64_t* indices, int64_t rows, const void* values, const void* scale,
+                         cuda::Stream stream) {
+  return cuda::sum_slices(static_cast<cuda::Float>(type), {named, sums, squares, slices, row_size}, indices, rows,
+                          values, scale, stream);
+}
+EXPORT int fz_bytes_of_fused_variable() { return sizeof(cuda::FusedVariable); }
+// Slots of variables and those that are seeded are in the rule's own order.
+EXPORT int fz_fused_update(int type, const char* name, const void* scalars, const double* scales, int seeds,
+                           const int* seed_slots, const int* seed_powers, cuda::FusedVariable* variables, int64_t count,
+                           cuda::Stream stream) {
+  const freezeops::NamedRule* rule = freezeops::kNamedRules;
+  while (strcmp(rule->name, name) != 0) ++rule;
+  cuda::FusedStep step{rule, scalars, scales, seeds, {}, {}};
+  for (int i = 0; i < seeds; ++i) {
+    step.seed_slots[i] = rule->places[seed_slots[i]];
+    step.seed_powers[i] = seed_powers[i];
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    void* slots[freezeops::kMostSlots] = {};
+    for (int j = 0; j < rule->slots; ++j) slots[rule->places[j]] = variables[i].slots[j];
+    memcpy(variables[i].slots, slots, sizeof(slots));
+  }
+  return cuda::fused_update(static_cast<cuda::Float>(type), step, variables, count, stream);
 }
 #if !defined(__CUDACC__)
 // The index arithmetic of mask_layout.h by itself.
