@@ -166,7 +166,6 @@ def fused_update(rule, w, g, square, slots, scalars, decays):
     """One step of what is trainable: the variable and its slots."""
     update = RULES[rule][0]
     rate, decay, decay_rate, *others = scalars
-    with np.errstate(all="ignore"):
-        if decays:
-            w = w - w * decay * decay_rate
-        return update(w, g, square, slots, rate, others)
+    if decays:
+        w = w - w * decay * decay_rate
+    return update(w, g, square, slots, rate, others)

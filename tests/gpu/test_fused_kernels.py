@@ -1,4 +1,4 @@
-"""The CUDA kernels of fused updates against NumPy, bit for bit: on the host (always) and on a GPU (where there is one)."""
+"""The CUDA kernels of fused updates against NumPy, bit for bit: on the host (always) and on a GPU (if there is one)."""
 
 import ctypes
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy_twins as twins
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_kernels import DENSITIES, FLOATS, INTEGERS, OFFSETS, SEEDS, SETTINGS, dtype_of, int64, make_bits, make_values
 
@@ -165,8 +165,7 @@ class Variable:
             if self.sparse:
                 of_seed = np.maximum(of_seed, square.astype(self.wide_dtype))
             waits = (waiting & due)[: self.used]
-            with np.errstate(all="ignore"):
-                seeded, still = twins.seed(
+            seeded, still = twins.seed(
                     waits, [slots[i] for i in step.seed_slots], step.seed_powers, step.scales, wide, of_seed,
                     self.wide_dtype,
                 )  # fmt: skip
@@ -188,7 +187,8 @@ class Variable:
         )
 
     def check(self):
-        value, slots, waiting = self.expected()
+        with np.errstate(all="ignore"):
+            value, slots, waiting = self.expected()
         own = [self.passing] + [
             self.passing if self.used is None else np.arange(slot.size) < self.used for slot in slots
         ]
@@ -196,7 +196,8 @@ class Variable:
             actual = array.get()
             wanted = wanted.astype(actual.dtype)
             # One NaN is as good as another where it was calculated, and nowhere else.
-            both = np.isnan(actual) & np.isnan(wanted) & written
+            with np.errstate(all="ignore"):
+                both = np.isnan(actual) & np.isnan(wanted) & written
             actual[both] = wanted[both] = 0
             integers = INTEGERS[actual.itemsize]
             told = f"{self.step.rule} {self.step.dtype}: {'slot' if number else 'variable'} {number}"
@@ -204,8 +205,8 @@ class Variable:
         if waiting is not None:
             left = np.unpackbits(self.unseeded.get(), count=waiting.size, bitorder="little")
             np.testing.assert_array_equal(left.astype(bool), waiting)
-        for name, array in self.held.items():
-            array.get()  # and its guards
+        for array in self.held.values():
+            array.get()  # for its guards
 
 
 def run(kernels, step, variables):
