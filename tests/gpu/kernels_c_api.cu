@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include <vector>
+
 #include "kernels/compact_cuda.cu"
 #include "kernels/fused_cuda.cu"
 #include "kernels/mask_cuda.cu"
@@ -100,8 +102,8 @@ EXPORT int fz_sum_slices(int type, uint64_t* named, void* sums, void* squares, i
 EXPORT int fz_bytes_of_fused_variable() { return sizeof(cuda::FusedVariable); }
 // Slots of variables and those that are seeded are in the rule's own order.
 EXPORT int fz_fused_update(int type, const char* name, const void* scalars, const double* scales, int seeds,
-                           const int* seed_slots, const int* seed_powers, cuda::FusedVariable* variables, int64_t count,
-                           cuda::Stream stream) {
+                           const int* seed_slots, const int* seed_powers, const cuda::FusedVariable* variables,
+                           int64_t count, cuda::Stream stream) {
   const freezeops::NamedRule* rule = freezeops::kNamedRules;
   while (strcmp(rule->name, name) != 0) ++rule;
   cuda::FusedStep step{rule, scalars, scales, seeds, {}, {}};
@@ -109,12 +111,12 @@ EXPORT int fz_fused_update(int type, const char* name, const void* scalars, cons
     step.seed_slots[i] = rule->places[seed_slots[i]];
     step.seed_powers[i] = seed_powers[i];
   }
+  std::vector<cuda::FusedVariable> placed(variables, variables + count);
   for (int64_t i = 0; i < count; ++i) {
-    void* slots[freezeops::kMostSlots] = {};
-    for (int j = 0; j < rule->slots; ++j) slots[rule->places[j]] = variables[i].slots[j];
-    memcpy(variables[i].slots, slots, sizeof(slots));
+    memset(placed[i].slots, 0, sizeof(placed[i].slots));
+    for (int j = 0; j < rule->slots; ++j) placed[i].slots[rule->places[j]] = variables[i].slots[j];
   }
-  return cuda::fused_update(static_cast<cuda::Float>(type), step, variables, count, stream);
+  return cuda::fused_update(static_cast<cuda::Float>(type), step, placed.data(), count, stream);
 }
 #if !defined(__CUDACC__)
 // The index arithmetic of mask_layout.h by itself.

@@ -8,6 +8,7 @@ import numpy_twins as twins
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from library import FusedVariable
 from test_kernels import DENSITIES, FLOATS, INTEGERS, OFFSETS, SEEDS, SETTINGS, dtype_of, int64, make_bits, make_values
 
 # Around words, groups of 128 entries, tiles of 512 and blocks of 2048.
@@ -23,29 +24,6 @@ LAYOUTS = st.one_of(
 )
 RULES = st.sampled_from(list(twins.RULES))
 DTYPES = st.sampled_from(list(FLOATS))
-
-
-class Pointers(ctypes.Structure):
-    """`cuda::FusedVariable`."""
-
-    _fields_ = (
-        ("variable", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p * 3),
-        ("bits", ctypes.c_void_p),
-        ("layout", ctypes.c_int64 * 3),
-        ("offsets", ctypes.c_void_p),
-        ("indices", ctypes.c_void_p),
-        ("capacity", ctypes.c_int64),
-        ("unseeded", ctypes.c_void_p),
-        ("named", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("squares", ctypes.c_void_p),
-        ("slices", ctypes.c_int64),
-        ("row_size", ctypes.c_int64),
-        ("wide", ctypes.c_bool),
-        ("decays", ctypes.c_bool),
-    )
 
 
 def floats_of(rng, size, floats):
@@ -142,7 +120,7 @@ class Variable:
         self.scaled, self.sparse, self.decays, self.held = scaled, slices is not None, decays, held
         pointers = {name: array.pointer.value for name, array in held.items()}
         addresses = [array.pointer.value for array in self.arrays]
-        self.pointers = Pointers(
+        self.pointers = FusedVariable(
             variable=addresses[0], slots=tuple(addresses[1:]), layout=tuple(layout),
             capacity=ones + room if compact else 0, wide=wide, decays=decays, slices=slices or 0, row_size=row_size,
             unseeded=None if self.unseeded is None else self.unseeded.pointer.value, **pointers,
@@ -212,7 +190,7 @@ class Variable:
 def run(kernels, step, variables):
     scalars, scales = kernels.put(step.scalars), kernels.put(step.scales)
     seeds = len(step.seed_slots)
-    table = (Pointers * len(variables))(*(variable.pointers for variable in variables))
+    table = (FusedVariable * len(variables))(*(variable.pointers for variable in variables))
     numbers = ctypes.c_int * max(seeds, 1)
     kernels.run(
         "fz_fused_update", FLOATS[step.dtype][0], step.rule.encode(), scalars.pointer, scales.pointer, seeds,
@@ -223,7 +201,7 @@ def run(kernels, step, variables):
 
 
 def test_the_structure_is_the_kernels(kernels):
-    assert kernels.functions.fz_bytes_of_fused_variable() == ctypes.sizeof(Pointers)
+    assert kernels.functions.fz_bytes_of_fused_variable() == ctypes.sizeof(FusedVariable)
 
 
 RUNS = st.sampled_from([1, 1, 32, 128, 512])
@@ -326,15 +304,16 @@ def test_every_rule(kernels, rule, dtype):
 @given(
     kept=st.sampled_from([40, 5000]),
     inner=st.sampled_from([1, 4, 600]),
+    density=st.sampled_from([0.01, 0.3]),  # found by indices, and by bits
     wrong=st.sampled_from(["offsets up", "offsets down", "capacity", "indices"]),
     seed=SEEDS,
 )
-def test_what_does_not_belong_to_the_mask(kernels, kept, inner, wrong, seed):
+def test_what_does_not_belong_to_the_mask(kernels, kept, inner, density, wrong, seed):
     """Nothing is read or written out of bounds (around each array are guards), and no frozen entry is written."""
     rng = np.random.default_rng(seed)
     inner = inner if kept < 1000 else 1
     step = Step.make(rng, "adam", "float32", True)
-    one = Variable(kernels, rng, step, (1, kept, inner), 0.3, compact=True)
+    one = Variable(kernels, rng, step, (1, kept, inner), density, compact=True, room=2)
     offsets, indices = (one.held[name].get().copy() for name in ("offsets", "indices"))
     if wrong.startswith("offsets"):
         one.held["offsets"] = kernels.put(offsets + (50 if wrong.endswith("up") else -5))
@@ -348,7 +327,9 @@ def test_what_does_not_belong_to_the_mask(kernels, kept, inner, wrong, seed):
         one.unseeded = kernels.put(one.waiting[: -(-capacity * inner // 8)].copy())
         one.pointers.unseeded = one.unseeded.pointer.value
     else:
-        indices[: min(3, indices.size)] = [2**31 - 1, -1, kept][: min(3, indices.size)]
+        frozen = np.flatnonzero(~one.passing[::inner])
+        indices[: indices.size // 2] = rng.choice(frozen, indices.size // 2)
+        indices[-2:] = [2**31 - 1, -1]
         one.held["indices"] = kernels.put(indices)
         one.pointers.indices = one.held["indices"].pointer.value
     one.check = lambda: None
