@@ -130,6 +130,21 @@ EXPORT void fz_layout(const uint8_t* bits, const int64_t* layout, int64_t start,
   results[3] = freezeops::load_repeated(bits, shape.kept, bit, 32);
   results[4] = static_cast<int64_t>(freezeops::load_bits(bits, freezeops::mask_bytes(shape.kept), bit));
 }
+// The entries that the lanes of a warp find `at` entries on in a tile of a fused update, and their slots: of each lane
+// one for each of four words.
+EXPORT void fz_walk_tile(const cuda::FusedVariable* variable, int64_t tile, int at, int64_t* entries, int64_t* slots) {
+  using Walk = cuda::TileWalk<4>;
+  for (int lane = 0; lane < cuda::kLanes; ++lane) {
+    Walk walk(*variable, tile, lane);
+    Walk::Group group = {};
+    bool any = false;
+    for (int each = 0; each <= at; each += Walk::kGroup) any = each < walk.length() && walk.next(each, &group);
+    for (int i = 0; i < 4; ++i) {
+      entries[i * cuda::kLanes + lane] = any ? group.entries[i] : -1;
+      slots[i * cuda::kLanes + lane] = group.slots[i];
+    }
+  }
+}
 EXPORT uint32_t fz_float16(int brain, uint32_t bits, int back) {
   using freezeops::bits_of_float;
   using freezeops::float_of_bits;
