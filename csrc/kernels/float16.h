@@ -1,6 +1,6 @@
 // The two 16-bit floats, as far as kernels calculate with them: to float32 and back, rounded to the nearest, ties to
-// even. Without a header of CUDA or TensorFlow. A device has instructions for Half; they differ from the code for the
-// host in the payloads of NaNs alone.
+// even. Without a header of CUDA or TensorFlow. Devices have instructions for that, which differ from the code for the
+// host in the signs and payloads of NaNs alone.
 
 #ifndef FREEZEOPS_KERNELS_FLOAT16_H_
 #define FREEZEOPS_KERNELS_FLOAT16_H_
@@ -28,10 +28,14 @@ struct Bfloat16 {
 
   Bfloat16() = default;
   FREEZEOPS_METHOD explicit Bfloat16(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
     const uint32_t wide = bits_of_float(value);
     const uint32_t rounded = (wide + 0x7fffu + (wide >> 16 & 1)) >> 16;
     const bool nan = (wide & 0x7fffffffu) > 0x7f800000u;
     bits = static_cast<uint16_t>(nan ? (wide >> 16 & 0x8000u) | 0x7fc0u : rounded);
+#endif
   }
   FREEZEOPS_METHOD explicit operator float() const { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 };

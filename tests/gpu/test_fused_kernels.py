@@ -341,6 +341,38 @@ def test_what_does_not_belong_to_the_mask(kernels, kept, inner, density, wrong, 
         array.get()
 
 
+@pytest.mark.parametrize("layout", [(1, 2**31 + 65, 1), (1, 2**17 + 1, 2**14 + 1), (2**16 + 1, 2**15 + 3, 1)])
+def test_more_entries_than_31_bits_count(gpu_kernels, layout):
+    """A few trainable entries beyond the largest int32, looked at on the GPU without copying all to the host."""
+    arrays, count = gpu_kernels.arrays, int(np.prod(layout))
+    if arrays.free_bytes() < 6 * count + 2**30:
+        pytest.skip(f"{6 * count / 2**30:.0f} GiB of GPU memory are not free")
+    values, pointer = arrays.empty(2 * count)
+    values[0::2], values[1::2] = 0x00, 0x3C  # ones
+    outer, kept, inner = layout
+    bits = np.unique(np.concatenate([np.random.default_rng(0).integers(0, kept, 20), [0, kept - 1]]))
+    flags = np.zeros(kept, bool)
+    flags[bits] = True
+    packed = gpu_kernels.put(np.packbits(flags, bitorder="little"))
+    gradient, gradient_pointer = arrays.empty(2 * count)
+    gradient[:] = values
+    variable = FusedVariable(
+        variable=pointer, gradient=gradient_pointer, bits=packed.pointer.value, layout=layout, capacity=0
+    )
+    scalars, none = gpu_kernels.put(np.array([1, 0, 0], np.float16)), (ctypes.c_int * 1)()
+    gpu_kernels.run(
+        "fz_fused_update", 0, b"sgd", scalars.pointer, None, 0, none, none, ctypes.byref(variable), int64(1)
+    )
+    found = []
+    for begin in range(0, count, 2**27):
+        zero = (values[2 * begin : 2 * min(begin + 2**27, count)].reshape(-1, 2) == 0).all(1)
+        (positions,) = zero.nonzero() if arrays.name == "cupy" else zero.nonzero(as_tuple=True)
+        found.append(begin + np.asarray(positions.get() if arrays.name == "cupy" else positions.cpu()))
+    entries = np.concatenate(found)
+    assert entries.size == bits.size * outer * inner
+    np.testing.assert_array_equal(np.unique(entries // inner % kept), bits)
+
+
 def test_entries_without_a_trainable_bit_are_not_read(kernels):
     """Gradient, slots and variable of a frozen tensor may be nowhere."""
     rng = np.random.default_rng(0)
