@@ -9,6 +9,9 @@ device-to-device copy (bytes read plus bytes written). Masking in place is set b
 - mul: `mul_` by a mask that is kept as floats (which does not mask a NaN);
 - fill: `masked_fill_` with a boolean mask.
 
+A fused step of Adam, with full and with compact state, has nothing beside it: where an entry is trainable it reads
+gradient, variable and two slots, and writes all but the gradient.
+
 Before each call that is timed the L2 cache is overwritten. Needs a GPU, nvcc and PyTorch; neither TensorFlow nor
 freezeops' Python package is imported.
 """
