@@ -23,7 +23,7 @@ GPU_PYTHON ?= $(PYTHON)
 GPU_PYTEST := $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu
 # A quick subset: every kernel, few examples.
 SANITIZE := FREEZEOPS_TEST_EXAMPLES=8 compute-sanitizer --error-exitcode=1 --target-processes=all
-SANITIZED := $(GPU_PYTEST) tests/gpu/test_kernels.py -k 'not host and not 31_bits and not failed_launch'
+SANITIZED := $(GPU_PYTEST) tests/gpu/test_kernels.py tests/gpu/test_fused_kernels.py -k 'not host and not 31_bits and not failed_launch'
 
 .PHONY: all setup demo test test-gpu sanitize lint format bench bench-gpu clean
 

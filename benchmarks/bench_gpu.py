@@ -9,6 +9,9 @@ device-to-device copy (bytes read plus bytes written). Masking in place is set b
 - mul: `mul_` by a mask that is kept as floats (which does not mask a NaN);
 - fill: `masked_fill_` with a boolean mask.
 
+A fused step of Adam, with full and with compact state, has nothing beside it: where an entry is trainable it reads
+gradient, variable and two slots, and writes all but the gradient.
+
 Before each call that is timed the L2 cache is overwritten. Needs a GPU, nvcc and PyTorch; neither TensorFlow nor
 freezeops' Python package is imported.
 """
@@ -34,9 +37,12 @@ SECTOR = 32
 """Bytes of memory that a GPU reads or writes together."""
 
 WIDTH = 4
+FLOAT32 = 2
+"""Its number in `cuda::Float`."""
 ROW = 1024
 DENSITIES = (1.0, 0.99, 0.5, 0.1, 0.01)
-KERNELS = ("mask", "gather", "scatter", "remember", "restore")
+KERNELS = ("mask", "gather", "scatter", "remember", "restore", "adam", "compact adam")
+"""The last two are a fused step of Adam, with full and with compact state."""
 TARGET = 0.90
 """Of the copy's rate, at least, counted in the fewest bytes."""
 
@@ -93,9 +99,13 @@ def fewest_bytes(kernel: str, case: Case) -> int:
         return mask + SECTOR * touched_sectors(case, trainable=False)
     if kernel in ("remember", "restore"):
         return mask + 2 * SECTOR * touched_sectors(case, trainable=False)
+    whole = SECTOR * touched_sectors(case, trainable=True)
+    if kernel == "adam":
+        # Gradient, variable and two slots are read, all but the gradient are written.
+        return mask + 7 * whole
     compact = -(-case.ones * case.inner * WIDTH // SECTOR) * SECTOR
     which = min(mask, 4 * case.ones)
-    return which + SECTOR * touched_sectors(case, trainable=True) + compact
+    return which + (3 * whole + 4 * compact if kernel == "compact adam" else whole + compact)
 
 
 def result(kernel: str, case: Case, seconds: Mapping[str, float], copy_rate: float) -> dict[str, Any]:
@@ -190,7 +200,24 @@ class Bench:
         }
         for name, function in alone.items():
             seconds[name] = self.time({name: function}, repeats)
+        ranks = {"offsets": at(offsets), "indices": at(indices), "capacity": ones.size}
+        for name, size, others in (("adam", case.entries, {}), ("compact adam", ones.size * case.inner, ranks)):
+            slots = [torch.ones(size, device="cuda") for _ in range(2)]
+            one_variable = library.FusedVariable(
+                variable=at(variable), gradient=at(gradient), slots=tuple(slot.data_ptr() for slot in slots),
+                bits=at(bits), layout=layout, **others,
+            )  # fmt: skip
+            seconds[name] = self.time({name: self.adam_step(one_variable)}, repeats)
         return seconds
+
+    def adam_step(self, variable: library.FusedVariable) -> Callable[[], None]:
+        """A fused step of Adam for one float32 variable, as in Keras."""
+        # Rate, weight decay and its rate, then 1 - beta_1, 1 - beta_2, epsilon.
+        scalars = self.put(np.array([1e-3, 0, 0, 0.1, 1e-3, 1e-7], np.float32))
+        none, one = (ctypes.c_int * 1)(), ctypes.c_int64(1)
+        return lambda: self.call(
+            "fz_fused_update", FLOAT32, b"adam", at(scalars), None, 0, none, none, ctypes.byref(variable), one
+        )
 
     def competitors(self, gradient: Any, boolean: Any) -> dict[str, Callable[[], Any]]:
         """PyTorch's ways to mask a gradient, over masks that are kept in the form they want."""

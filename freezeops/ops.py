@@ -33,9 +33,8 @@ _OPS = (
     "scatter_trainable",
     "rank_trainable",
     "seed_slots",
+    "fused_update",
 )
-_CPU_OPS = ("fused_update",)
-"""Those without a CUDA kernel."""
 
 _HOST = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
 
@@ -127,13 +126,6 @@ def cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _reason_for_reference_of_cpu_ops() -> str | None:
-    """Why the twins of `_CPU_OPS` run, or None if the native ops do."""
-    if reason := _reason_for_reference():
-        return reason
-    return "a GPU is visible and there is no CUDA kernel" if tf.config.list_logical_devices("GPU") else None
-
-
 def _library() -> ModuleType | None:
     return None if _reason_for_reference() else _native.op_library()
 
@@ -144,12 +136,11 @@ def _host() -> ModuleType | None:
 
 def paths() -> dict[str, str]:
     """Which path each op takes here, as text for people: `python -m freezeops` prints it."""
-    reasons = dict.fromkeys(_OPS, _reason_for_reference())
-    reasons |= dict.fromkeys(_CPU_OPS, _reason_for_reference_of_cpu_ops())
+    reason = _reason_for_reference()
     host = "native" if _host() else "reference (no host module)"
     if backend() == "reference":
         host = "reference (FREEZEOPS_BACKEND=reference)"
-    device = {name: f"reference ({reason})" if reason else "native" for name, reason in reasons.items()}
+    device = dict.fromkeys(_OPS, f"reference ({reason})" if reason else "native")
     return device | dict.fromkeys(_HOST, host)
 
 
@@ -361,7 +352,7 @@ def fused_update(
     scales: Sequence[tf.Tensor],
 ) -> None:
     """One step of an optimizer in one pass over each variable; see `reference_updates.fused_update`."""
-    library = None if _reason_for_reference_of_cpu_ops() else _library()
+    library = _library()
     if library is None:
         reference_updates.fused_update(rule, variables, scalars, seed_slots, seed_powers, scales)
         return

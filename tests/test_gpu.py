@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import MODES, SETUPS, assert_same_bits, in_mode
+from test_fused import FUSED, RULES, assert_same_state, variables_of
 
 import freezeops as fz
-from freezeops import ops, reference
+from freezeops import ops, reference, reference_updates
 from freezeops.layout import Layout
 
 GPUS = tf.config.list_physical_devices("GPU")
@@ -147,26 +148,27 @@ def data():
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("state", ["full", "compact"])
 @pytest.mark.parametrize("jit", ["auto", False, True])
-def test_fit(state, jit):
+def test_fit(state, jit, fused):
     model = make_model()
-    optimizer, expected = mask_and_freeze(model, state=state)
+    optimizer, expected = mask_and_freeze(model, state=state, fused=fused)
     model.compile(optimizer, LOSS, jit_compile=jit)
     model.fit(*data(), batch_size=64, epochs=2, verbose=0)
     check_frozen(model, expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", SETUPS)
-def test_promise_for_every_optimizer(name, mode):
+@pytest.mark.parametrize("name, fused", [(name, False) for name in SETUPS] + [(name, True) for name in FUSED], ids=str)
+def test_promise_for_every_optimizer(name, fused, mode):
     rng = np.random.default_rng(0)
     value = rng.normal(size=(40, 33)).astype("float32")
     value[0, : SPECIAL.size] = SPECIAL
     passing = rng.random(value.shape) < 0.5
     passing[0, : SPECIAL.size] = False
     variable = keras.Variable(value, name="w")
-    optimizer = fz.MaskedOptimizer(SETUPS[name](weight_decay=0.1))
+    optimizer = fz.MaskedOptimizer(SETUPS[name](weight_decay=0.1), fused=fused)
     optimizer.register_mask(variable, passing)
     optimizer.build([variable])
     gradient = tf.constant(rng.normal(size=value.shape).astype("float32"))
@@ -176,9 +178,63 @@ def test_promise_for_every_optimizer(name, mode):
     assert_same_bits(variable.numpy()[~passing], value[~passing])
 
 
-def test_unfrozen_entries_are_seeded():
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_fused_update_as_its_twin_on_the_host(rule, dtype, state):
+    layouts = [Layout(1, 5003, 1), Layout(1, 77, 9), Layout(1, 3, 1000)]
+
+    def made_on(device, density):
+        rng = np.random.default_rng(1)
+        with tf.device(device):
+            return variables_of(rng, rule, dtype, layouts, density, state == "compact", RULES[rule][0])
+
+    for density in (0.01, 0.5, 1.0):
+        ours, _, told = made_on("/GPU:0", density)
+        ops.fused_update(rule, ours, *told)
+        with tf.device("/CPU:0"):
+            _, twins, told = made_on("/CPU:0", density)
+            reference_updates.fused_update(rule, twins, *told)
+        assert_same_state(ours, twins, f"{rule} {dtype} {density}")
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("rule", ["sgd_nesterov", "adam_amsgrad", "nadam"])
+def test_fused_update_of_slices_as_its_twin_on_the_host(rule, state):
+    layout, width = Layout(1, 300, 70), 70
+
+    def made_on(device):
+        rng = np.random.default_rng(2)
+        with tf.device(device):
+            *both, told = variables_of(rng, rule, "float32", [layout], 0.5, state == "compact", True)
+            rows = tf.constant(rng.integers(0, 300, 400), tf.int64)
+            values = tf.constant(rng.normal(size=(400, width)).astype("float32"))
+            slices = tf.IndexedSlices(values, rows, tf.constant([300, width], tf.int64))
+        return *([variables[0]._replace(gradient=slices)] for variables in both), told
+
+    ours, _, told = made_on("/GPU:0")
+    ops.fused_update(rule, ours, *told)
+    with tf.device("/CPU:0"):
+        _, twins, told = made_on("/CPU:0")
+        reference_updates.fused_update(rule, twins, *told)
+    assert_same_state(ours, twins, rule)
+
+
+def test_fused_update_passes_over_slices_out_of_range():
+    value = np.ones((4, 50), np.float32)
+    variable, momentum = on_gpu(value), on_gpu(np.zeros_like(value))
+    rows, values = tf.constant([1, 4, -1, 1], tf.int64), tf.ones((4, 50))
+    gradient = tf.IndexedSlices(values, rows, tf.constant([4, 50], tf.int64))
+    one = ops.FusedVariable(variable, gradient, [momentum], Layout(1, 1, 200), None, None, None, False)
+    ops.fused_update("sgd_momentum", [one], tf.constant([0.25, 0, 0, 0.5]), [], [], [])
+    value[1] = 0.5
+    assert_same_bits(variable.numpy(), value)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_unfrozen_entries_are_seeded(fused):
     variable = keras.Variable(np.ones((8, 64), "float32"), name="w")
-    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.01))
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.01), fused=fused)
     optimizer.freeze(variable, np.s_[:4])
     optimizer.build([variable])
     gradient = tf.fill((8, 64), 0.5)
@@ -192,12 +248,13 @@ def test_unfrozen_entries_are_seeded():
     np.testing.assert_allclose(moved[:4], moved[4:], rtol=1e-3)  # not 3.16 times as far
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("state", ["full", "compact"])
-def test_mirrored_over_the_gpus_there_are(state):
+def test_mirrored_over_the_gpus_there_are(state, fused):
     strategy = tf.distribute.MirroredStrategy()
     with strategy.scope():
         model = make_model()
-        optimizer, expected = mask_and_freeze(model, state=state)
+        optimizer, expected = mask_and_freeze(model, state=state, fused=fused)
         model.compile(optimizer, LOSS, jit_compile=False)
     model.fit(*data(), batch_size=64, epochs=2, verbose=0)
     check_frozen(model, expected)
@@ -207,12 +264,12 @@ def test_mirrored_over_the_gpus_there_are(state):
             assert_same_bits(copy.numpy(), copies[0].numpy(), "replicas differ")
 
 
-def make_step(masked, state):
+def make_step(masked, **options):
     """A training step of one variable, compiled, and its variable and optimizer to keep alive."""
     variable = keras.Variable(np.ones((512, 64), "float32"), name="w")
     optimizer = keras.optimizers.Adam(0.01)
     if masked:
-        optimizer = fz.MaskedOptimizer(optimizer, state=state)
+        optimizer = fz.MaskedOptimizer(optimizer, **options)
         optimizer.register_mask(variable, np.random.default_rng(0).random((512, 64)) < 0.5)
     optimizer.build([variable])
     gradient = on_gpu(np.ones((512, 64), np.float32))
@@ -243,9 +300,11 @@ def copies_to_host(step, folder):
     )
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("state", ["full", "compact"])
-def test_masks_add_no_copy_to_the_host(state, tmp_path):
-    bare, masked = (copies_to_host(make_step(each, state), tmp_path / str(each)) for each in (False, True))
+def test_masks_add_no_copy_to_the_host(state, fused, tmp_path):
+    steps = {masked: make_step(masked, state=state, fused=fused) for masked in (False, True)}
+    bare, masked = (copies_to_host(step, tmp_path / str(each)) for each, step in steps.items())
     assert masked <= bare
 
 

@@ -89,17 +89,40 @@ OPTIMIZERS = {
 }
 
 
+# Those that have no option which keeps a step from being fused.
+FUSED = {
+    "SGD momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "AdamW": lambda: keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(0.1, 10)),
+    "Nadam": lambda: keras.optimizers.Nadam(0.1),
+}
+
+
+def added_copies(make, gradient, **masking):
+    bare = copies_to_host(graph_of_step(make(), gradient))
+    graph = graph_of_step(make(), gradient, **masking)
+    added = copies_to_host(graph)
+    for each in bare:
+        if each in added:
+            added.remove(each)
+    return added, graph
+
+
 @pytest.mark.parametrize("gradient", [DENSE, SLICES], ids=["dense", "sparse"])
 @pytest.mark.parametrize("state", ["full", "compact"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_masks_add_no_copy_to_the_host(name, state, gradient):
-    bare = copies_to_host(graph_of_step(OPTIMIZERS[name](), gradient))
-    masked = copies_to_host(graph_of_step(OPTIMIZERS[name](), gradient, state=state))
-    added = list(masked)
-    for each in bare:
-        if each in added:
-            added.remove(each)
-    assert not added, f"masked: {masked}, bare: {bare}"
+    added, _ = added_copies(OPTIMIZERS[name], gradient, state=state)
+    assert not added
+
+
+@pytest.mark.parametrize("gradient", [DENSE, SLICES], ids=["dense", "sparse"])
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_steps_add_no_copy_to_the_host(name, state, gradient):
+    added, graph = added_copies(FUSED[name], gradient, state=state, fused=True)
+    assert not added
+    (fused,) = [op for op in graph.get_operations() if op.type == "Freezeops>FusedUpdate"]
+    assert gpu_kernel(fused) is not None and gpu_kernel(fused).device_type == "GPU"
 
 
 def test_a_copy_would_be_seen():

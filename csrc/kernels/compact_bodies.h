@@ -19,6 +19,12 @@ struct CompactArrays {
   U* whole[kArrays];
 };
 
+// Whether indices take less memory than the bits of a mask. How many are trainable is not known where it is asked, only
+// how many may be.
+FREEZEOPS_INLINE bool few_indices(int64_t capacity, int64_t kept, bool wide) {
+  return capacity < kept / (wide ? 64 : 32);
+}
+
 // One entry for each bit. The first tiles are the blocks of the mask, the others the compact array's rest.
 template <typename U, int kArrays, bool kScatter>
 struct CompactByBits {

@@ -18,9 +18,7 @@ int move_trainable(void* const* compact, void* const* whole, const TrainableInde
   const int64_t kept = index.mask.layout.kept;
   const int64_t inner = index.mask.layout.inner;
   if (index.capacity == 0 || inner == 0) return 0;
-  // The number of trainable entries is not known here, only how many there may be.
-  const bool few = index.capacity < kept / (index.wide ? 64 : 32);
-  if (inner == 1 && !few) {
+  if (inner == 1 && !few_indices(index.capacity, kept, index.wide)) {
     return launch(CompactByBits<U, kArrays, kScatter>{arrays, bits, kept, index.offsets, index.capacity}, stream);
   }
   return with_index(index.wide, [&](auto type) {

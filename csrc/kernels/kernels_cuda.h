@@ -13,6 +13,7 @@
 
 #include <stdint.h>
 
+#include "kernels/fused_rules.h"
 #include "mask_layout.h"
 
 struct CUstream_st;
@@ -106,6 +107,60 @@ struct SeedArguments {
 };
 
 int seed_slots(Float type, const SeedArguments& arguments, Stream stream);
+
+// --- Fused updates ---
+
+// The sums of slices, in memory that the caller allocates and nobody reads but fused_update.
+struct RowSums {
+  // For each row of the tensor two numbers, both zero if no slice names it: the number of slices less the first that
+  // does, and one more than the last that does.
+  uint64_t* named;
+  // As large as the slices' values. What is summed for a row is where the first slice that names it is.
+  void* sums;
+  void* squares;  // the sums of the squares
+  int64_t slices;
+  int64_t row_size;
+};
+
+// Bytes of RowSums::named.
+FREEZEOPS_INLINE int64_t named_bytes(int64_t rows) { return 2 * rows * static_cast<int64_t>(sizeof(uint64_t)); }
+
+// Fills what `sums` points to, from `values` of one row for each index, both in device memory. Slices of a row add up
+// in their order, and so do their squares; each is multiplied before by `scale`, in device memory; nullptr for nothing.
+// A slice whose index is not in [0, rows) is passed over.
+int sum_slices(Float type, const RowSums& sums, const int64_t* indices, int64_t rows, const void* values,
+               const void* scale, Stream stream);
+
+// One variable in a step, all in device memory; see freezeops::FusedTensor.
+struct FusedVariable {
+  void* variable;
+  const void* gradient;  // nullptr with slices
+  // In full state of the variable's size; in compact state of capacity * inner entries. nullptr where the rule has
+  // none.
+  void* slots[kMostSlots];
+  MaskView mask;           // bits == nullptr: every entry is trainable
+  const int64_t* offsets;  // of compact state, see TrainableIndex; nullptr in full state
+  const void* indices;
+  int64_t capacity;
+  uint8_t* unseeded;  // nullptr: no slot waits to be seeded
+  RowSums rows;       // instead of a gradient where `named` is not nullptr
+  bool wide;          // indices of int64_t, else int32_t
+  bool decays;
+};
+
+// What all variables of a step share. See freezeops::Seeds.
+struct FusedStep {
+  const NamedRule* rule;
+  const void* scalars;   // those of the rule, of the variables' type, in device memory
+  const double* scales;  // one for each slot that is seeded, in device memory
+  int seeds;
+  int seed_slots[kMostSlots];
+  int seed_powers[kMostSlots];
+};
+
+// Updates the trainable entries of variables and their slots. What waits is seeded before, by a kernel of its own: a
+// look at its bits. Variables are taken together, as many as the arguments of a kernel have room for.
+int fused_update(Float type, const FusedStep& step, const FusedVariable* variables, int64_t count, Stream stream);
 
 }  // namespace cuda
 }  // namespace freezeops

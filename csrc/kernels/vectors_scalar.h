@@ -1,4 +1,4 @@
-// The vector types of fused updates, one entry wide: for any processor.
+// The vector types of fused updates, one entry wide: for any processor, and for a lane of a GPU.
 //
 // A vector type V has
 //   Entry                        what is stored: float, double, Half or Bfloat16
@@ -54,24 +54,28 @@ struct Single {
   static constexpr bool kExpands = false;
   Acc value;
 
-  static Single of(Acc result) { return {static_cast<Acc>(static_cast<Entry>(result))}; }
-  static Single set(Entry entry) { return {static_cast<Acc>(entry)}; }
-  static Single load(const Entry* entries) { return set(*entries); }
-  void store(Entry* entries) const { *entries = static_cast<Entry>(value); }
-  void store(Entry* entries, uint32_t lanes) const {
+  static FREEZEOPS_METHOD Single of(Acc result) { return {static_cast<Acc>(static_cast<Entry>(result))}; }
+  static FREEZEOPS_METHOD Single set(Entry entry) { return {static_cast<Acc>(entry)}; }
+  static FREEZEOPS_METHOD Single load(const Entry* entries) { return set(*entries); }
+  FREEZEOPS_METHOD void store(Entry* entries) const { *entries = static_cast<Entry>(value); }
+  FREEZEOPS_METHOD void store(Entry* entries, uint32_t lanes) const {
     if (lanes & 1) store(entries);
   }
 
-  friend Single operator+(Single a, Single b) { return of(a.value + b.value); }
-  friend Single operator-(Single a, Single b) { return of(a.value - b.value); }
-  friend Single operator*(Single a, Single b) { return of(a.value * b.value); }
-  friend Single operator/(Single a, Single b) { return of(a.value / b.value); }
-  friend Single square_root(Single a) {
+  friend FREEZEOPS_METHOD Single operator+(Single a, Single b) { return of(a.value + b.value); }
+  friend FREEZEOPS_METHOD Single operator-(Single a, Single b) { return of(a.value - b.value); }
+  friend FREEZEOPS_METHOD Single operator*(Single a, Single b) { return of(a.value * b.value); }
+  friend FREEZEOPS_METHOD Single operator/(Single a, Single b) { return of(a.value / b.value); }
+  friend FREEZEOPS_METHOD Single square_root(Single a) {
+#if defined(__CUDA_ARCH__)
+    return of(sizeof(Acc) == 4 ? __fsqrt_rn(static_cast<float>(a.value)) : static_cast<Acc>(__dsqrt_rn(a.value)));
+#else
     return of(sizeof(Acc) == 4 ? __builtin_sqrtf(static_cast<float>(a.value))
                                : static_cast<Acc>(__builtin_sqrt(a.value)));
+#endif
   }
-  friend Single maximum(Single a, Single b) { return a.value < b.value ? b : a; }
-  friend Single sign_of(Single a) {
+  friend FREEZEOPS_METHOD Single maximum(Single a, Single b) { return a.value < b.value ? b : a; }
+  friend FREEZEOPS_METHOD Single sign_of(Single a) {
     return {a.value > 0 ? Acc(1) : a.value < 0 ? Acc(-1) : a.value == 0 ? Acc(0) : a.value};
   }
 };

@@ -17,6 +17,19 @@ inline cuda::Stream StreamOf(tensorflow::OpKernelContext* ctx) {
   return static_cast<cuda::Stream>(ctx->op_device_context()->stream()->platform_specific_handle().stream);
 }
 
+inline cuda::Float FloatOf(tensorflow::DataType dtype) {
+  switch (dtype) {
+    case tensorflow::DT_HALF:
+      return cuda::Float::kHalf;
+    case tensorflow::DT_BFLOAT16:
+      return cuda::Float::kBfloat16;
+    case tensorflow::DT_FLOAT:
+      return cuda::Float::kFloat;
+    default:
+      return cuda::Float::kDouble;
+  }
+}
+
 // The status of an op whose kernels were started, or were not.
 inline absl::Status Launched(tensorflow::OpKernelContext* ctx, int error) {
   if (error == 0) return absl::OkStatus();

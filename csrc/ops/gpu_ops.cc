@@ -1,4 +1,4 @@
-// GPU kernels of all ops.
+// GPU kernels of all ops but FusedUpdate, which is in fused_gpu.cc.
 //
 // Nothing here waits for the device or looks at what is in its memory: masks, offsets, indices and scales stay there.
 // So what would take a look at them is different from the CPU's kernels:
@@ -249,23 +249,10 @@ class SeedSlotsGpuOp : public SeedOp {
       arguments.slices = ctx->input(2).dim_size(0);
       arguments.row_size = RowSize(values.shape());
     }
-    OP_REQUIRES_OK(ctx, Launched(ctx, cuda::seed_slots(TypeOf(dtype_), arguments, StreamOf(ctx))));
+    OP_REQUIRES_OK(ctx, Launched(ctx, cuda::seed_slots(FloatOf(dtype_), arguments, StreamOf(ctx))));
   }
 
  private:
-  static cuda::Float TypeOf(tensorflow::DataType dtype) {
-    switch (dtype) {
-      case tensorflow::DT_HALF:
-        return cuda::Float::kHalf;
-      case tensorflow::DT_BFLOAT16:
-        return cuda::Float::kBfloat16;
-      case tensorflow::DT_FLOAT:
-        return cuda::Float::kFloat;
-      default:
-        return cuda::Float::kDouble;
-    }
-  }
-
   tensorflow::DataType dtype_;
 };
 

@@ -1,7 +1,12 @@
 // The CUDA kernels as plain C functions, for ctypes. All kernels are in this one translation unit, so that a compiler
 // of any kind makes the library: nvcc for a GPU; any other runs the same code on the host, see kernels/warps.h.
 
+#include <string.h>
+
+#include <vector>
+
 #include "kernels/compact_cuda.cu"
+#include "kernels/fused_cuda.cu"
 #include "kernels/mask_cuda.cu"
 #include "kernels/seed_cuda.cu"
 #if defined(__CUDACC__)
@@ -88,6 +93,31 @@ EXPORT int fz_seed_slots(int type, uint8_t* unseeded, int64_t size, void* const*
   arguments.row_size = row_size;
   return cuda::seed_slots(static_cast<cuda::Float>(type), arguments, stream);
 }
+EXPORT int fz_sum_slices(int type, uint64_t* named, void* sums, void* squares, int64_t slices, int64_t row_size,
+                         const int64_t* indices, int64_t rows, const void* values, const void* scale,
+                         cuda::Stream stream) {
+  return cuda::sum_slices(static_cast<cuda::Float>(type), {named, sums, squares, slices, row_size}, indices, rows,
+                          values, scale, stream);
+}
+EXPORT int fz_bytes_of_fused_variable() { return sizeof(cuda::FusedVariable); }
+// Slots of variables and those that are seeded are in the rule's own order.
+EXPORT int fz_fused_update(int type, const char* name, const void* scalars, const double* scales, int seeds,
+                           const int* seed_slots, const int* seed_powers, const cuda::FusedVariable* variables,
+                           int64_t count, cuda::Stream stream) {
+  const freezeops::NamedRule* rule = freezeops::kNamedRules;
+  while (strcmp(rule->name, name) != 0) ++rule;
+  cuda::FusedStep step{rule, scalars, scales, seeds, {}, {}};
+  for (int i = 0; i < seeds; ++i) {
+    step.seed_slots[i] = rule->places[seed_slots[i]];
+    step.seed_powers[i] = seed_powers[i];
+  }
+  std::vector<cuda::FusedVariable> placed(variables, variables + count);
+  for (int64_t i = 0; i < count; ++i) {
+    memset(placed[i].slots, 0, sizeof(placed[i].slots));
+    for (int j = 0; j < rule->slots; ++j) placed[i].slots[rule->places[j]] = variables[i].slots[j];
+  }
+  return cuda::fused_update(static_cast<cuda::Float>(type), step, placed.data(), count, stream);
+}
 #if !defined(__CUDACC__)
 // The index arithmetic of mask_layout.h by itself.
 EXPORT void fz_layout(const uint8_t* bits, const int64_t* layout, int64_t start, int ahead, int64_t* results) {
@@ -99,6 +129,21 @@ EXPORT void fz_layout(const uint8_t* bits, const int64_t* layout, int64_t start,
   results[2] = freezeops::load_word(bits, freezeops::mask_bytes(shape.kept), bit);
   results[3] = freezeops::load_repeated(bits, shape.kept, bit, 32);
   results[4] = static_cast<int64_t>(freezeops::load_bits(bits, freezeops::mask_bytes(shape.kept), bit));
+}
+// The entries that the lanes of a warp find `at` entries on in a tile of a fused update, and their slots: of each lane
+// one for each of four words.
+EXPORT void fz_walk_tile(const cuda::FusedVariable* variable, int64_t tile, int at, int64_t* entries, int64_t* slots) {
+  using Walk = cuda::TileWalk<4>;
+  for (int lane = 0; lane < cuda::kLanes; ++lane) {
+    Walk walk(*variable, tile, lane);
+    Walk::Group group = {};
+    bool any = false;
+    for (int each = 0; each <= at; each += Walk::kGroup) any = each < walk.length() && walk.next(each, &group);
+    for (int i = 0; i < 4; ++i) {
+      entries[i * cuda::kLanes + lane] = any ? group.entries[i] : -1;
+      slots[i * cuda::kLanes + lane] = group.slots[i];
+    }
+  }
 }
 EXPORT uint32_t fz_float16(int brain, uint32_t bits, int back) {
   using freezeops::bits_of_float;

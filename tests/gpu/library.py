@@ -75,3 +75,26 @@ def load(path: Path) -> ctypes.CDLL:
     if hasattr(library, "fz_float16"):
         library.fz_float16.restype = ctypes.c_uint32
     return library
+
+
+class FusedVariable(ctypes.Structure):
+    """`cuda::FusedVariable` of `csrc/kernels/kernels_cuda.h`. Slots are in the rule's own order."""
+
+    _fields_ = (
+        ("variable", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p * 3),
+        ("bits", ctypes.c_void_p),
+        ("layout", ctypes.c_int64 * 3),
+        ("offsets", ctypes.c_void_p),
+        ("indices", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("unseeded", ctypes.c_void_p),
+        ("named", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("squares", ctypes.c_void_p),
+        ("slices", ctypes.c_int64),
+        ("row_size", ctypes.c_int64),
+        ("wide", ctypes.c_bool),
+        ("decays", ctypes.c_bool),
+    )

@@ -37,6 +37,8 @@ def test_bytes_are_counted_from_the_mask(bench, size, density, rows):
     assert bench.fewest_bytes("remember", case) == bench.fewest_bytes("restore", case) == bits + 64 * frozen_sectors
     expected = min(bits, 4 * ones) + 32 * trainable_sectors + compact
     assert bench.fewest_bytes("gather", case) == bench.fewest_bytes("scatter", case) == expected
+    assert bench.fewest_bytes("adam", case) == bits + 7 * 32 * trainable_sectors
+    assert bench.fewest_bytes("compact adam", case) == expected + 2 * 32 * trainable_sectors + 3 * compact
 
 
 def test_masks_have_the_density_that_was_asked_for(bench):

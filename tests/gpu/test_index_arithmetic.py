@@ -67,6 +67,75 @@ def test_bits_of_entries_beyond_31_bits(functions, start, kept, inner):
         assert results[0] == results[1] == bit
 
 
+def walk(functions, variable, tile, at):
+    """Positions of entries (-1 for none) and of slots in one group of a tile of a fused update."""
+    entries, slots = (np.zeros(128, np.int64) for _ in range(2))
+    functions.fz_walk_tile(
+        ctypes.byref(variable), ctypes.c_int64(tile), at, *(x.ctypes.data_as(ctypes.c_void_p) for x in (entries, slots))
+    )
+    return entries, slots
+
+
+BEYOND = [2**31 - 700, 2**31 - 1, 2**31 + 100, 2**33 - 3, 2**33 + 4097, 2**40]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    "kept, inner", [(5000, 2**20 + 1), (5000, 511), (3, 2**30 - 1), (3, 2**30), (3, 2**31 + 7), (2, 2**40), (1, 2**41)]
+)
+def test_tiles_of_fused_updates_beyond_31_bits(functions, kept, inner, compact):
+    """Long rows and, in full state, rows that repeat."""
+    rng = np.random.default_rng(0)
+    bits = rng.random(kept) < 0.5
+    bits[:2] = [True, False][:kept]
+    packed = np.packbits(bits, bitorder="little")
+    ones = np.flatnonzero(bits)
+    outer = 1 if compact else 2**42 // (kept * inner) + 1
+    rest = {}
+    if compact:
+        offsets = np.zeros(9, np.int64)  # which are not looked at
+        rest = {"offsets": offsets.ctypes.data, "indices": ones.ctypes.data, "capacity": ones.size, "wide": True}
+    variable = library.FusedVariable(bits=packed.ctypes.data, layout=(outer, kept, inner), **rest)
+    count = ones.size * inner if compact else outer * kept * inner
+    for start in [0, *BEYOND, inner, 2 * inner - 1, count - 1]:
+        if start >= count:
+            continue
+        tile, at = start // 512, start % 512 // 128 * 128
+        entries, slots = walk(functions, variable, tile, at)
+        expected = []
+        for slot in range(tile * 512 + at, tile * 512 + at + 128):
+            if slot >= count:
+                expected.append(-1)
+            elif compact:
+                expected.append(int(ones[slot // inner]) * inner + slot % inner)
+            else:
+                expected.append(slot if bits[slot // inner % kept] else -1)
+        assert entries.tolist() == expected, (start, count)
+        found = entries >= 0
+        assert (slots[found] == tile * 512 + at + np.flatnonzero(found)).all()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("start", [2**31 - 2048, 2**31, 2**33, 2**40])
+def test_tiles_of_single_entries_beyond_31_bits(functions, start, compact):
+    """Of the mask only what is near is there: nothing else is read."""
+    flags = np.random.default_rng(0).random(4096) < 0.5
+    packed = np.packbits(flags, bitorder="little")
+    kept = start + 2048 + 77
+    variable = library.FusedVariable(bits=packed.ctypes.data - start // 8, layout=(1, kept, 1))
+    size = 2048 if compact else 512
+    tile, before = start // size, 2**39 + 5
+    if compact:
+        offsets = np.full(2, before)
+        variable.offsets, variable.capacity = offsets.ctypes.data - 8 * tile, 2**41
+    for at in range(0, size, 128):
+        entries, slots = walk(functions, variable, tile, at)
+        near = np.flatnonzero(flags[at : at + 128])
+        assert (entries[near] == start + at + near).all() and (entries >= 0).sum() == near.size
+        expected = before + flags[:at].sum() + np.arange(near.size) if compact else start + at + near
+        assert (slots[near] == expected).all()
+
+
 def test_every_16_bit_float(functions):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     every = np.arange(2**16, dtype=np.uint16)

@@ -1,0 +1,187 @@
+// What the CPU's and the GPU's kernel of FusedUpdate do in the same way: they look up variables, lock and check them,
+// all before anything is written.
+
+#ifndef FREEZEOPS_OPS_FUSED_KERNEL_H_
+#define FREEZEOPS_OPS_FUSED_KERNEL_H_
+
+#include <utility>
+#include <vector>
+
+#include "ops/fused_ops.h"
+#include "ops/op_checks.h"
+#include "ops/tf_compat.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/framework/tensor.h"
+
+namespace freezeops {
+
+class FusedOp : public tensorflow::OpKernel {
+ public:
+  explicit FusedOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetFusedAttributes(ctx, &attributes_));
+    sparse_ = attributes_.NumberIn(attributes_.sparse);
+    masked_ = attributes_.NumberIn(attributes_.masked);
+    seeded_ = attributes_.NumberIn(attributes_.seeded);
+  }
+
+ protected:
+  // What is read alone is held as a read holds it: whoever writes it meanwhile writes to another buffer.
+  struct Held {
+    tensorflow::Tensor mask, offsets, indices;  // without a value where the variable has none
+  };
+
+  // Where the data is that is written.
+  struct Written {
+    void* variable;
+    void* slots[kMostSlots];
+    uint8_t* unseeded;  // null: no slot waits
+    int64_t unseeded_bytes;
+  };
+
+  // Rows of a gradient that is slices.
+  struct Rows {
+    int64_t count;  // of the variable
+    int64_t width;
+  };
+
+  absl::Status CheckNumbers(tensorflow::OpKernelContext* ctx) const {
+    const FusedAttributes& a = attributes_;
+    const tensorflow::Tensor& scalars = ctx->input(a.scalars());
+    const tensorflow::Tensor& scales = ctx->input(a.scales());
+    if (scalars.dims() != 1 || scalars.dim_size(0) != a.rule->scalars) {
+      return InvalidArgument("scalars must be the ", a.rule->scalars, " of rule ", a.rule->name,
+                             ". Received: scalars of shape ", scalars.shape().DebugString());
+    }
+    if (scales.dims() == 1 && scales.dim_size(0) == FusedAttributes::Size(a.seed_slots)) return absl::OkStatus();
+    return InvalidArgument("scales must be as many as seed_slots, ", a.seed_slots.size(),
+                           ". Received: scales of shape ", scales.shape().DebugString());
+  }
+
+  // The mask of a variable, and with compact state what belongs to it.
+  absl::Status ReadMask(tensorflow::OpKernelContext* ctx, int i, Held* held) const {
+    const FusedAttributes& a = attributes_;
+    const MaskLayout& layout = a.layouts[i];
+    if (masked_[i] < 0) {
+      if (layout.kept == 1) return absl::OkStatus();
+      return InvalidArgument("layout must be [1, 1, n] without a mask. Received: layout=", LayoutString(layout));
+    }
+    TF_RETURN_IF_ERROR(ReadVariable(ctx, a.mask(masked_[i]), &held->mask));
+    if (held->mask.dtype() != tensorflow::DT_UINT8) {
+      return InvalidArgument("mask must be of dtype uint8. Received: mask of dtype ",
+                             tensorflow::DataTypeString(held->mask.dtype()));
+    }
+    TF_RETURN_IF_ERROR(CheckMask(held->mask, layout));
+    if (!a.compact) return absl::OkStatus();
+    const tensorflow::Tensor& offsets = held->offsets;
+    const tensorflow::Tensor& indices = held->indices;
+    TF_RETURN_IF_ERROR(ReadVariable(ctx, a.offsets(i), &held->offsets));
+    TF_RETURN_IF_ERROR(ReadVariable(ctx, a.indices(i), &held->indices));
+    TF_RETURN_IF_ERROR(CheckOffsets(offsets.shape(), layout.kept));
+    if (offsets.dtype() != tensorflow::DT_INT64 || indices.dims() != 1 ||
+        !tensorflow::DataTypeIsInteger(indices.dtype()) || tensorflow::DataTypeSize(indices.dtype()) < 4) {
+      return InvalidArgument("offsets must be int64 and indices a vector of integers. Received: offsets of dtype ",
+                             tensorflow::DataTypeString(offsets.dtype()), ", indices of dtype ",
+                             tensorflow::DataTypeString(indices.dtype()), " and shape ", indices.shape().DebugString());
+    }
+    return absl::OkStatus();
+  }
+
+  static bool HasWideIndices(const Held& held) { return tensorflow::DataTypeSize(held.indices.dtype()) == 8; }
+
+  // `rows` is set where the gradient is slices.
+  absl::Status CheckGradient(tensorflow::OpKernelContext* ctx, int i, Rows* rows) const {
+    const tensorflow::Tensor& gradient = ctx->input(attributes_.gradient(i));
+    const MaskLayout& layout = attributes_.layouts[i];
+    if (sparse_[i] < 0) return CheckEntries("gradient", gradient.shape(), layout);
+    TF_RETURN_IF_ERROR(CheckRowPerIndex(gradient.shape(), ctx->input(attributes_.rows(sparse_[i])).shape()));
+    rows->width = RowSize(gradient.shape());
+    rows->count = rows->width > 0 ? entries(layout) / rows->width : 0;
+    if (rows->count * rows->width == entries(layout)) return absl::OkStatus();
+    return InvalidArgument("rows must divide the ", entries(layout), " entries of layout ", LayoutString(layout),
+                           ". Received: values of shape ", gradient.shape().DebugString());
+  }
+
+  // Of each variable itself, its slots, its bits of what waits, in this order.
+  absl::Status LookUpWritten(tensorflow::OpKernelContext* ctx, std::vector<VarPtr>* variables) const {
+    const FusedAttributes& a = attributes_;
+    const auto look_up = [&](int input) {
+      VarPtr variable;
+      TF_RETURN_IF_ERROR(LookupResource(ctx, tensorflow::HandleFromInput(ctx, input), &variable));
+      variables->push_back(std::move(variable));
+      return absl::OkStatus();
+    };
+    for (int i = 0; i < a.count(); ++i) {
+      TF_RETURN_IF_ERROR(look_up(a.variable(i)));
+      for (int j = 0; j < a.rule->slots; ++j) TF_RETURN_IF_ERROR(look_up(a.slot(i, j)));
+      if (seeded_[i] >= 0) TF_RETURN_IF_ERROR(look_up(a.unseeded(seeded_[i])));
+    }
+    return absl::OkStatus();
+  }
+
+  // Checks all of these, whose locks are held, then gives each whose buffer a read shares one of its own by
+  // unshare(value): in copy-on-read mode no read shares the buffer, otherwise one that does must not see this write.
+  template <typename Unshare>
+  absl::Status PrepareWritten(const std::vector<VarPtr>& variables, const std::vector<Held>& held,
+                              const Unshare& unshare, std::vector<Written>* written) const {
+    const FusedAttributes& a = attributes_;
+    auto next = variables.begin();
+    for (int i = 0; i < a.count(); ++i) {
+      const int64_t size = entries(a.layouts[i]);
+      const int64_t slot_size = a.compact ? held[i].indices.dim_size(0) * a.layouts[i].inner : size;
+      TF_RETURN_IF_ERROR(CheckWritten("variable", **next++, a.dtype, size));
+      for (int j = 0; j < a.rule->slots; ++j) {
+        TF_RETURN_IF_ERROR(CheckWritten("slot", **next++, a.dtype, slot_size));
+      }
+      if (seeded_[i] >= 0) {
+        TF_RETURN_IF_ERROR(CheckWritten("unseeded", **next++, tensorflow::DT_UINT8, mask_bytes(slot_size)));
+      }
+    }
+    for (const VarPtr& variable : variables) {
+      tensorflow::Tensor* const value = variable->tensor();
+      if (!value->RefCountIsOne()) TF_RETURN_IF_ERROR(unshare(value));
+    }
+    next = variables.begin();
+    written->assign(a.count(), Written{});
+    for (int i = 0; i < a.count(); ++i) {
+      Written& each = (*written)[i];
+      each.variable = (*next++)->tensor()->data();
+      for (int j = 0; j < a.rule->slots; ++j) each.slots[a.rule->places[j]] = (*next++)->tensor()->data();
+      if (seeded_[i] < 0) continue;
+      each.unseeded_bytes = (*next)->tensor()->NumElements();
+      each.unseeded = static_cast<uint8_t*>((*next++)->tensor()->data());
+    }
+    return absl::OkStatus();
+  }
+
+  FusedAttributes attributes_;
+  std::vector<int> sparse_, masked_, seeded_;  // for each variable its number among those, or -1
+
+ private:
+  static absl::Status ReadVariable(tensorflow::OpKernelContext* ctx, int input, tensorflow::Tensor* value) {
+    VarPtr variable;
+    TF_RETURN_IF_ERROR(LookupResource(ctx, tensorflow::HandleFromInput(ctx, input), &variable));
+    tensorflow::tf_shared_lock lock(*variable->mu());
+    *value = *variable->tensor();
+    return absl::OkStatus();
+  }
+
+  // Its lock is held.
+  static absl::Status CheckWritten(const char* what, tensorflow::Var& variable, tensorflow::DataType dtype,
+                                   int64_t size) {
+    if (!variable.is_initialized || !variable.tensor()->IsInitialized()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(what, " must be initialized before it is updated. Received: an uninitialized variable"));
+    }
+    const tensorflow::Tensor& value = *variable.tensor();
+    if (value.dtype() == dtype && value.NumElements() == size) return absl::OkStatus();
+    return InvalidArgument(what, " must be of dtype ", tensorflow::DataTypeString(dtype), " with ", size,
+                           " entries. Received: one of dtype ", tensorflow::DataTypeString(value.dtype()),
+                           " and shape ", value.shape().DebugString());
+  }
+};
+
+}  // namespace freezeops
+
+#endif  // FREEZEOPS_OPS_FUSED_KERNEL_H_
