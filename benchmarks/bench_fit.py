@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results += of_one
         tables.append(table_of(jit, of_one))
     notes = [
-        f"Batches of {BATCH} x {TOKENS} tokens. Density: share of trainable entries of every variable, random; full state.",
+        f"Batches of {BATCH} x {TOKENS} tokens. Density: trainable share of every variable, at random; full state.",
         "Ratio: median over the rounds of fused / unmasked, in turn; half of the rounds lie between the quartiles.",
         "Update: the optimizer alone, with a batch's gradients; its share of the unmasked step, and fused / unmasked.",
         "Expected: the ratio of whole steps that follows from both if nothing else differs.",

@@ -60,7 +60,7 @@ PASSES = ("copy", "rewrite")
 DENSITIES = (1.0, 0.5, 0.1, 0.01)
 ROWS_DENSITY = 0.01
 OTHERS_DENSITY = 0.5
-"""For `tf.where` and what is built on it, which look at every entry whatever the mask is."""
+"""Of `tf.where` and what is built on it, which look at every entry whatever the mask is."""
 
 TARGETS = {
     ("full", 1.0, False): 0.25,
@@ -197,7 +197,8 @@ class Step:
         inner.build(self.variables)
         if variant.ours or variant.kind == UNMASKED:
             return inner.apply
-        # A variable, because a mask that is set for good would be no match for ours.
+        assert mask is not None
+        # A variable, because ours can be changed between steps as well.
         held = tf.Variable(np.broadcast_to(mask, self.variables[0].shape), trainable=False)
 
         def where(gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable]) -> None:
@@ -234,10 +235,11 @@ def _own_update(optimizer: str, variables: Sequence[keras.Variable]) -> Update:
 
     def adam(gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable]) -> None:
         step = steps.assign_add(1.0)
+        powers = {"beta1_power": beta_1**step, "beta2_power": beta_2**step}
         for gradient, variable, m, v in zip(gradients, variables, first, second, strict=True):
             tf.raw_ops.ResourceApplyAdam(
-                var=variable.value.handle, m=m.handle, v=v.handle, beta1_power=beta_1**step,
-                beta2_power=beta_2**step, lr=RATE, beta1=beta_1, beta2=beta_2, epsilon=1e-7, grad=gradient,
+                var=variable.value.handle, m=m.handle, v=v.handle, lr=RATE, beta1=beta_1, beta2=beta_2, epsilon=1e-7,
+                grad=gradient, **powers,
             )  # fmt: skip
 
     return adam
@@ -253,8 +255,8 @@ class Peer(AbstractContextManager):
 
     def __init__(self, python: str, kind: str, optimizer: str, size: int, instances: int):
         script = str(Path(__file__).with_name("_peers.py"))
-        command = [python, script, kind, optimizer, str(size), str(instances)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._command = [python, script, kind, optimizer, str(size), str(instances)]
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = self._process.pid
         self._instances = instances
         try:
@@ -285,7 +287,7 @@ class Peer(AbstractContextManager):
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended; see above.")
+            raise RuntimeError(f"{' '.join(self._command)} ended; see above.")
         return line
 
 
@@ -338,8 +340,9 @@ def measure_group(
                     competitors[variant.competitor] = peer.steps()
                 continue
             mask = _masks.make_mask(shape, variant.density, variant.rows) if variant.masked else None
-            steps = [Step(variant, optimizer, setting.jit, gradients, mask) for _ in range(instances)]
-            competitors[variant.competitor] = steps
+            competitors[variant.competitor] = [
+                Step(variant, optimizer, setting.jit, gradients, mask) for _ in range(instances)
+            ]
         rounds = _common.interleaved(competitors, repeats, helpers=[peer.process for peer in peers.values()])
         return rounds, {kind: str(peer.version) for kind, peer in peers.items()}
 
