@@ -343,7 +343,10 @@ def measure_group(
             competitors[variant.competitor] = [
                 Step(variant, optimizer, setting.jit, gradients, mask) for _ in range(instances)
             ]
-        rounds = _common.interleaved(competitors, repeats, helpers=[peer.process for peer in peers.values()])
+        processes = [peer.process for peer in peers.values()]
+        # Large ones take long, and one call is enough to trace and touch everything.
+        warmup, patience = (3, 4) if setting.size <= LARGE else (1, 2)
+        rounds = _common.interleaved(competitors, repeats, warmup, helpers=processes, patience=patience)
         return rounds, {kind: str(peer.version) for kind, peer in peers.items()}
 
 
