@@ -13,7 +13,7 @@ Beside `fz.MaskedOptimizer(..., fused=True)` with full and with compact state:
 Every step is real: the variable and its slots change, the gradient is made beforehand.
 Steps are timed in rounds, in turn. What does not fit into `--memory` together is measured in
 groups; the unmasked Keras step, TensorFlow's own, the copy and the rewrite take part in each
-group, and ratios are formed within a round.
+group, and ratios are formed within a round. Each group has a process of its own.
 
 The limit: the fewest bytes that the case must move (`_masks.fewest_bytes`: gradient, variable,
 slots and mask, counted in the cache lines that hold a trainable entry) at a rate measured in
@@ -22,9 +22,9 @@ many entries to another. Rewrite: they multiply it by 1 in place. An update most
 where that is faster than copying, more than all of the copy's limit can be reached.
 """
 
+import argparse
 import dataclasses
 import functools
-import gc
 import json
 import statistics
 import subprocess
@@ -318,20 +318,19 @@ class Setting:
         return INSTANCES if self.size <= LARGE else 1
 
 
-def measure_group(
-    setting: Setting, variants: Sequence[Variant], repeats: int, python: str, passes: dict[str, _common.Competitor]
-) -> tuple[_common.Rounds, dict[str, str]]:
-    """Times variants and passes over memory in turn.
+def measure_group(setting: Setting, variants: Sequence[Variant], repeats: int, python: str) -> dict[str, Any]:
+    """Times variants and passes over memory in turn, in this process.
 
     Returns:
-        The rounds, and the versions of the peers that there are.
+        "seconds" and "disturbed" as in a `Rounds`; "versions" of the peers that there are.
     """
     optimizer, instances = setting.optimizer, setting.instances
     shape = _masks.shape_of(setting.size)
     gradients = tf.Variable(tf.fill((1, *shape), GRADIENT), trainable=False)
+    passes, pool = _common.two_thread_passes(setting.size)
     competitors: dict[str, list[_common.Competitor]] = {name: [each] for name, each in passes.items()}
     peers = {}
-    with ExitStack() as stack:
+    with pool, ExitStack() as stack:
         for variant in variants:
             if variant.kind in PEERS:
                 peer = stack.enter_context(Peer(python, variant.kind, optimizer, setting.size, instances))
@@ -347,11 +346,22 @@ def measure_group(
         # Large ones take long, and one call is enough to trace and touch everything.
         warmup, patience = (3, 4) if setting.size <= LARGE else (1, 2)
         rounds = _common.interleaved(competitors, repeats, warmup, helpers=processes, patience=patience)
-        return rounds, {kind: str(peer.version) for kind, peer in peers.items()}
+    versions = {kind: str(peer.version) for kind, peer in peers.items()}
+    return dataclasses.asdict(rounds) | {"versions": versions}
+
+
+def measure_group_elsewhere(setting: Setting, variants: Sequence[Variant], repeats: int, python: str) -> dict[str, Any]:
+    """The same in a process of its own: Keras's optimizers do not give all their memory back."""
+    task = [dataclasses.astuple(setting), list(map(dataclasses.astuple, variants)), repeats, python]
+    return json.loads(_common.in_fresh_process(__file__, "--group-of", json.dumps(task)))
+
+
+Run = Callable[..., dict[str, Any]]
+"""`measure_group`, here or elsewhere."""
 
 
 def measure(
-    setting: Setting, variants: Sequence[Variant], repeats: int, memory: float, python: str
+    setting: Setting, variants: Sequence[Variant], repeats: int, memory: float, python: str, run: Run
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Times all variants of one optimizer at one size, in groups that fit into memory.
 
@@ -363,18 +373,16 @@ def measure(
     each = (1 + SLOTS[setting.optimizer]) * array * setting.instances
     # Gradient, both arrays that are copied and rewritten, and three temporaries of a step.
     groups = list(groups_of(variants, each, 6 * array + len(bases) * each, memory))
-    passes, pool = _common.two_thread_passes(setting.size)
     everything = _common.Rounds({}, False)
     results = []
     versions: dict[str, str] = {}
-    with pool:
-        for number, group in enumerate(groups, 1):
-            gc.collect()
-            rounds, found = measure_group(setting, [*bases, *group], repeats, python, passes)
-            versions |= found
-            everything = everything.followed_by(rounds)
-            present = [variant for variant in group if variant.competitor in rounds.seconds]
-            results += [result_of(setting, variant, rounds) | {"group": number} for variant in present]
+    for number, group in enumerate(groups, 1):
+        measured = run(setting, [*bases, *group], repeats, python)
+        rounds = _common.Rounds(measured["seconds"], measured["disturbed"])
+        versions |= measured["versions"]
+        everything = everything.followed_by(rounds)
+        present = [variant for variant in group if variant.competitor in rounds.seconds]
+        results += [result_of(setting, variant, rounds) | {"group": number} for variant in present]
     shared = [result_of(setting, base, everything) | {"group": None} for base in bases]
     return shared + results, versions
 
@@ -508,7 +516,7 @@ def notes_of(results: Sequence[dict[str, Any]], versions: dict[str, str] | None)
     return [*notes, _common.MARK_NOTE]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     """Measures, prints and returns the results."""
     parser = _common.parser(__doc__, repeats=24, sizes=["16M", "128M"])
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["adam"])
@@ -520,7 +528,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tensors", nargs="*", type=int, default=[1, 200], help="numbers of variables")
     parser.add_argument("--tensor-entries", type=int, default=200_000, help="entries of all those together")
     parser.add_argument("--memory", type=float, default=8.0, help="GB that tensors may take up")
+    parser.add_argument("--one-process", action="store_true", help="faster, and for small sizes")
+    # For the processes that `measure_group_elsewhere` starts.
+    parser.add_argument("--group-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.group_of:
+        given, variants, *rest = options.group_of
+        print(json.dumps(measure_group(Setting(*given), [Variant(*each) for each in variants], *rest)))
+        return None
+    run = measure_group if options.one_process else measure_group_elsewhere
     if odd := [size for size in options.sizes if size % _masks.ROW]:
         parser.error(f"argument --sizes: must be multiples of {_masks.ROW}. Received: {odd}")
     repeats = _common.repeats_of(options)
@@ -535,7 +551,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for size in options.sizes:
                 setting = Setting(optimizer, jit, size)
                 rounds = repeats if size <= LARGE else max(repeats // 4, 3)
-                of_one, found = measure(setting, variants, rounds, options.memory * GIGABYTE, options.peers_python)
+                memory = options.memory * GIGABYTE
+                of_one, found = measure(setting, variants, rounds, memory, options.peers_python, run)
                 results += of_one
                 tables.append(table_of(setting, of_one))
                 if peers:

@@ -109,7 +109,8 @@ def test_bench_compact_measures_peak_memory():
 def test_bench_fused(tmp_path):
     data, text = run(
         "bench_fused.py", "--sizes", "16K", "--repeats", "3", "--optimizer", "sgd_momentum", "--densities", "1", "0.5",
-        "--no-peers", "--tensors", "1", "4", "--tensor-entries", "4000", path=tmp_path / "fused.json",
+        "--no-peers", "--tensors", "1", "4", "--tensor-entries", "4000", "--one-process",
+        path=tmp_path / "fused.json",
     )  # fmt: skip
     check_facts(data)
     full, compact = [(1.0, False), (0.5, False), (0.01, True)], [(0.5, False), (0.01, True)]
@@ -133,7 +134,7 @@ def test_bench_fused(tmp_path):
 def test_bench_fused_where_nothing_fits_into_memory_and_without_peers(tmp_path):
     data, text = run(
         "bench_fused.py", "--sizes", "16K", "--repeats", "3", "--jit", "off", "--no-unfused", "--tensors",
-        "--densities", "0.5", "--memory", "0", path=tmp_path / "fused.json",
+        "--densities", "0.5", "--memory", "0", "--one-process", path=tmp_path / "fused.json",
     )  # fmt: skip
     assert [result["group"] for result in data["results"][:8]] == [None, None, 1, 2, 3, 4, 5, 6]
     assert "in up to " in text
@@ -142,6 +143,15 @@ def test_bench_fused_where_nothing_fits_into_memory_and_without_peers(tmp_path):
             there = importlib.util.find_spec(library) is not None
             assert (peer in data["peers"]) == (peer in {result["kind"] for result in data["results"]}) == there
             assert (f"{peer}: not installed, left out." in text) == (not there)
+
+
+def test_a_group_of_bench_fused_has_a_process_of_its_own(benchmark_module):
+    bench_fused = benchmark_module("bench_fused")
+    variants = [bench_fused.Variant(bench_fused.UNMASKED), bench_fused.Variant(bench_fused.FUSED, 0.5)]
+    setting = bench_fused.Setting("adam", False, 16384)
+    measured = bench_fused.measure_group_elsewhere(setting, variants, 3, sys.executable)
+    assert set(measured["seconds"]) == {"copy", "rewrite", "Keras, unmasked, unmasked", "ours, full, fused, 0.5"}
+    assert measured["versions"] == {}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd_momentum"])
