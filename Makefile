@@ -70,6 +70,8 @@ bench: $(STAMP)
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_sparse.py
 	$(PY) benchmarks/bench_compact.py --plot docs/images
+	$(PY) benchmarks/bench_fused.py
+	$(PY) benchmarks/bench_fit.py
 
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/bench_gpu.py

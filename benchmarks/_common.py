@@ -14,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
+import numpy as np
 import tensorflow as tf
 from _report import machine_facts, parser, repeats_of, show, size_of, table, write
 from rich.table import Table
@@ -62,6 +64,12 @@ class Rounds:
         triples = zip(*(self.seconds[each] for each in (name, base, floor)), strict=True)
         return statistics.median((a - c) / (b - c) for a, b, c in triples)
 
+    def followed_by(self, later: "Rounds") -> "Rounds":
+        """These and later rounds, of what took part in both; of the later ones alone if these are none."""
+        names = [name for name in later.seconds if name in self.seconds or not self.seconds]
+        seconds = {name: self.seconds.get(name, []) + later.seconds[name] for name in names}
+        return Rounds(seconds, self.disturbed or later.disturbed)
+
     def times(self) -> dict[str, dict[str, float]]:
         """Minimum and median of each competitor in milliseconds."""
         return {
@@ -76,11 +84,25 @@ class Rounds:
 Competitor = Callable[[], Any]
 
 
-def interleaved(competitors: Mapping[str, Sequence[Competitor]], repeats: int, warmup: int = 3) -> Rounds:
+def timed(function: Competitor) -> float:
+    """The seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    competitors: Mapping[str, Sequence[Competitor]],
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[Competitor], float] = timed,
+    helpers: Sequence[int] = (),
+    patience: int = 4,
+) -> Rounds:
     """Times calls in rounds.
 
     Rounds in which other processes were busy are not counted, unless the machine is
-    never quiet: after `4 * repeats` rounds those count that there are.
+    never quiet: after `patience * repeats` rounds those count that there are.
 
     Args:
         competitors: For each one or more instances: functions that return when their
@@ -89,6 +111,9 @@ def interleaved(competitors: Mapping[str, Sequence[Competitor]], repeats: int, w
             same machine code it made some steps 1.5 times as slow as others.
         repeats: Number of rounds.
         warmup: Calls of each before the clock runs: tracing, compiling, first touch.
+        clock: Calls an instance and says how many seconds count.
+        helpers: Ids of processes in which instances work; they do not count as others.
+        patience: How many times as many rounds there are at most.
 
     Returns:
         A `Rounds`.
@@ -104,13 +129,13 @@ def interleaved(competitors: Mapping[str, Sequence[Competitor]], repeats: int, w
         shuffle(order)
         seconds = {}
         for name in order:
-            seconds[name] = min(map(_seconds, competitors[name]))
+            seconds[name] = min(map(clock, competitors[name]))
         return seconds
 
     quiet: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
-    while len(quiet) < repeats and len(quiet) + len(disturbed) < 4 * repeats:
-        others = _Others()
+    while len(quiet) < repeats and len(quiet) + len(disturbed) < patience * repeats:
+        others = _Others(helpers)
         batch = [one_round()]
         while others.elapsed() < LEAST_WATCHED and len(batch) < repeats:
             batch.append(one_round())
@@ -118,12 +143,6 @@ def interleaved(competitors: Mapping[str, Sequence[Competitor]], repeats: int, w
     enough = 2 * len(quiet) >= repeats
     rounds = quiet if enough else quiet + disturbed
     return Rounds({name: [each[name] for each in rounds] for name in competitors}, not enough)
-
-
-def _seconds(function: Competitor) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 DISTURBED = 0.05
@@ -136,7 +155,8 @@ LEAST_WATCHED = 0.4
 class _Others:
     """Share of the cores that other processes use from now on; 0 where Linux does not tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, helpers: Sequence[int] = ()) -> None:
+        self._helpers = helpers
         self._since = time.perf_counter()
         self._start = self._read()
 
@@ -147,9 +167,8 @@ class _Others:
         busy, own, total = (now - before for now, before in zip(self._read(), self._start, strict=True))
         return max(busy - own, 0.0) / total if total else 0.0
 
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        own = time.process_time() * os.sysconf("SC_CLK_TCK")
+    def _read(self) -> tuple[float, float, float]:
+        own = time.process_time() * os.sysconf("SC_CLK_TCK") + sum(map(_ticks_of, self._helpers))
         try:
             fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
         except OSError:
@@ -157,6 +176,45 @@ class _Others:
         ticks = [float(field) for field in fields]
         idle = ticks[3] + ticks[4]
         return sum(ticks) - idle, own, sum(ticks)
+
+
+def _ticks_of(process: int) -> float:
+    """Time that another process has used, in the kernel's ticks; 0 where Linux does not tell."""
+    try:
+        # The name, in brackets, may hold spaces.
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return float(fields[11]) + float(fields[12])
+
+
+def two_thread_passes(entries: int) -> tuple[dict[str, Competitor], ThreadPoolExecutor]:
+    """What memory can do: passes over existing float32 buffers, one half per thread.
+
+    Returns:
+        "copy" to another buffer, "rewrite" (times 1, in place), and the pool of threads. Both read
+        and write each byte once, but on many machines they are not equally fast: a line that was
+        read is written back at little cost, and a write elsewhere costs as much as a read or more.
+    """
+    source, target = np.ones(entries, np.float32), np.zeros(entries, np.float32)
+    pool = ThreadPoolExecutor(2)
+    halves = slice(None, entries // 2), slice(entries // 2, None)
+
+    def in_halves(function: Callable[[slice], Any]) -> Competitor:
+        def run() -> None:
+            other = pool.submit(function, halves[0])
+            function(halves[1])
+            other.result()
+
+        return run
+
+    def copy(half: slice) -> None:
+        np.copyto(target[half], source[half])
+
+    def rewrite(half: slice) -> None:
+        np.multiply(target[half], np.float32(1), out=target[half])
+
+    return {"copy": in_halves(copy), "rewrite": in_halves(rewrite)}, pool
 
 
 def peak_memory() -> float:
@@ -206,7 +264,9 @@ def verdict(value: float, target: float | None) -> str:
     """The target, and whether it was reached, as text for a table."""
     if target is None:
         return ""
-    return f"[green]{target:.2f} reached[/]" if value <= target else f"[red]{target:.2f} missed[/]"
+    # Two decimals, or as many as it has.
+    text = f"{target:.2f}" if round(target, 2) == target else f"{target:g}"
+    return f"[green]{text} reached[/]" if value <= target else f"[red]{text} missed[/]"
 
 
 def report(tables: list[Table], notes: list[str], results: dict[str, Any], path: Path | None) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,24 @@ def size_of(text: str) -> int:
     return size
 
 
-def parser(description: str, repeats: int) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def parser(description: str, repeats: int, sizes: Sequence[str] = (), size: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has.
+
+    Args:
+        description: The benchmark's docstring.
+        repeats: Default number of rounds.
+        sizes: Default sizes, for a benchmark that takes several.
+        size: Whether one that takes no several takes one.
+    """
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--size", type=size_of, default=size_of("16M"), help="entries, such as 16M (the default)")
+    if sizes:
+        default = list(map(size_of, sizes))
+        help_text = f"entries of each table, such as {sizes[0]} (default: {' '.join(sizes)})"
+        arguments.add_argument("--sizes", nargs="+", type=size_of, default=default, help=help_text)
+    else:
+        arguments.add_argument(
+            "--size", type=size_of, default=size_of("16M"), help="entries, such as 16M (the default)"
+        )
     arguments.add_argument("--repeats", type=int, default=repeats, help="rounds of timing")
     arguments.add_argument("--quick", action="store_true", help="an eighth of the rounds")
     arguments.add_argument("--json", type=Path, help="file for the results")

@@ -22,6 +22,7 @@ import _common
 import keras
 import numpy as np
 import tensorflow as tf
+from _masks import make_mask, shape_of
 
 import freezeops as fz
 
@@ -32,7 +33,6 @@ OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 SLOTS = 2
 """Of each of these, per entry."""
 
-ROW = 1024
 CASES = ((0.01, False), (0.01, True), (0.1, False), (0.5, False))
 """Densities, and whether whole rows are trainable."""
 
@@ -60,27 +60,6 @@ CURVE_POINTS = 9
 CURVE_DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
 CURVE_DENSITY = 0.1
 MEGABYTE = 2**20
-
-
-def shape_of(size: int) -> tuple[int, ...]:
-    """Rows of `ROW` entries, where that comes out even."""
-    return (size // ROW, ROW) if size % ROW == 0 else (size, 1)
-
-
-def make_mask(shape: tuple[int, ...], density: float, rows: bool) -> np.ndarray:
-    """A random mask of exactly that density, of the tensor's shape or of one value per row."""
-    rng = np.random.default_rng(0)
-    count = shape[0] if rows else math.prod(shape)
-    flags = np.zeros(count, bool)
-    if rows:
-        flags[rng.choice(count, max(round(density * count), 1), replace=False)] = True
-        return flags[:, None]
-    step = 2**24  # so that no float is made for every entry at once
-    for start in range(0, count, step):
-        part = flags[start : start + step]
-        part[:] = rng.random(part.size, dtype=np.float32) < density
-    flags[0], flags[-1] = True, False  # never none, nor all
-    return flags.reshape(shape)
 
 
 def make_step(

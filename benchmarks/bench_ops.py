@@ -15,7 +15,6 @@ Multiplying does not mask a NaN and is listed for its speed only.
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import _common
@@ -76,25 +75,11 @@ def competitors(mask: fz.Mask, x: tf.Variable) -> dict[str, list[Callable[[], An
     return functions
 
 
-def two_thread_copy(entries: int) -> tuple[Callable[[], Any], ThreadPoolExecutor]:
-    """A copy between existing buffers, one half per thread."""
-    source, target = np.ones(entries, np.float32), np.zeros(entries, np.float32)
-    pool = ThreadPoolExecutor(2)
-    half = entries // 2
-
-    def copy() -> None:
-        other = pool.submit(np.copyto, target[:half], source[:half])
-        np.copyto(target[half:], source[half:])
-        other.result()
-
-    return copy, pool
-
-
 def measure(name: str, shape: tuple[int, int], x: tf.Variable, repeats: int) -> dict[str, Any]:
     """Times one mask."""
-    copy, pool = two_thread_copy(shape[0] * shape[1])
+    passes, pool = _common.two_thread_passes(shape[0] * shape[1])
     with pool:
-        rounds = _common.interleaved(competitors(make_mask(name, shape), x) | {"memcpy": [copy]}, repeats)
+        rounds = _common.interleaved(competitors(make_mask(name, shape), x) | {"memcpy": [passes["copy"]]}, repeats)
     added = {key: rounds.added(key, "producer") for key in MASKERS}
     where = added["where"]
     return {
