@@ -214,6 +214,17 @@ class TestAgainstTheTwin:
         bad_rows = tf.IndexedSlices(tf.zeros([1, 10]), tf.constant([10], tf.int64), tf.constant([10, 10], tf.int64))
         assert "indices must be in [0, 10)" in update(gradient=bad_rows)
 
+    def test_refuses_a_variable_that_is_there_twice(self):
+        (one,), _, told = variables_of(
+            np.random.default_rng(0), "adam", "float32", [Layout(1, 100, 1)], 0.5, False, False
+        )
+        value = one.variable.numpy()
+        with pytest.raises(
+            tf.errors.InvalidArgumentError, match=r"must be different ones. Received: one of shape \[100"
+        ):
+            ops.fused_update("adam", [one, one], *told)
+        assert_same_bits(one.variable.numpy(), value)
+
     def test_ranks_of_another_mask_are_refused(self):
         (one,), _, told = variables_of(
             np.random.default_rng(0), "adam", "float32", [Layout(1, 5000, 1)], 0.5, True, False

@@ -65,9 +65,7 @@ struct Format16<kBfloat16> {
   static __m512 widened(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static __m512 load(const void* entries) {
-    return widened(_mm256_loadu_si256(static_cast<const __m256i*>(entries)));
-  }
+  static __m512 load(const void* entries) { return widened(_mm256_loadu_si256(static_cast<const __m256i*>(entries))); }
   static __m512 expand(const void* entries, __mmask16 lanes, __mmask16 first) {
     return widened(expand_halves(entries, lanes, first));
   }

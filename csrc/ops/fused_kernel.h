@@ -4,6 +4,7 @@
 #ifndef FREEZEOPS_OPS_FUSED_KERNEL_H_
 #define FREEZEOPS_OPS_FUSED_KERNEL_H_
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -117,7 +118,14 @@ class FusedOp : public tensorflow::OpKernel {
       for (int j = 0; j < a.rule->slots; ++j) TF_RETURN_IF_ERROR(look_up(a.slot(i, j)));
       if (seeded_[i] >= 0) TF_RETURN_IF_ERROR(look_up(a.unseeded(seeded_[i])));
     }
-    return absl::OkStatus();
+    // Threads share out all variables at once: one that was there twice would be written by two of them.
+    std::vector<tensorflow::Var*> each(variables->size());
+    std::transform(variables->begin(), variables->end(), each.begin(), [](const VarPtr& one) { return one.get(); });
+    std::sort(each.begin(), each.end());
+    const auto twice = std::adjacent_find(each.begin(), each.end());
+    if (twice == each.end()) return absl::OkStatus();
+    return InvalidArgument("variables and slots must be different ones. Received: one of shape ",
+                           (*twice)->tensor()->shape().DebugString(), " twice");
   }
 
   // Checks all of these, whose locks are held, then gives each whose buffer a read shares one of its own by
