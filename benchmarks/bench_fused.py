@@ -420,6 +420,7 @@ def table_of(setting: Setting, results: Sequence[dict[str, Any]]) -> Table:
     columns += [f"of {each}" for each in PASSES]
     table = _common.table(title, columns)
     for result in results:
+        megabytes = result["fewest_bytes"] / 1e6
         digits = 3 if result["ratio"] < 0.995 else 2
         table.add_row(
             f"TF's {own}" if result["kind"] == OWN else result["name"],
@@ -429,7 +430,7 @@ def table_of(setting: Setting, results: Sequence[dict[str, Any]]) -> Table:
             _common.verdict(result["ratio"], result["target"]),
             f"{result['own_ratio']:.2f}",
             _common.verdict(result["own_ratio"], result["own_target"]),
-            f"{result['fewest_bytes'] / 1e6:.3g}",
+            f"{megabytes:,.0f}" if megabytes >= 100 else f"{megabytes:.3g}",
             *(f"{result['of_limit'][each]:.0%}" for each in PASSES),
         )
     return table
