@@ -321,14 +321,17 @@ class FusedStep(keras_internals.UpdateHook):
             fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
             if slots is not None:
                 seeded = slots.seeded_among(states)  # the same for all
-        ops.fused_update(
-            self._updates.rule.name,
-            fused,
-            tf.stack([tf.cast(tf.convert_to_tensor(value, dtype), dtype) for value in (step, *decay, *others)]),
-            [number for number, _ in seeded],
-            [2 if slot.role == "second_moment" else 1 for _, slot in seeded],
-            self._updates.seeding.scales([slot for _, slot in seeded]),
-        )
+        scalars = tf.stack([tf.cast(tf.convert_to_tensor(value, dtype), dtype) for value in (step, *decay, *others)])
+        scales = self._updates.seeding.scales([slot for _, slot in seeded])
+        for together in _calls(fused):
+            ops.fused_update(
+                self._updates.rule.name,
+                together,
+                scalars,
+                [number for number, _ in seeded],
+                [2 if slot.role == "second_moment" else 1 for _, slot in seeded],
+                scales,
+            )
 
     def _fused_variable(
         self,
@@ -359,3 +362,20 @@ class FusedStep(keras_internals.UpdateHook):
             unseeded=None if slots is None else beside(slots.unseeded),
             decays=optimizer.weight_decay is not None and optimizer._use_weight_decay(variable),
         )
+
+
+_LARGE = 1 << 16
+"""From how many entries on a variable is worth a call of its own."""
+
+
+def _calls(variables: list[ops.FusedVariable]) -> list[list[ops.FusedVariable]]:
+    """Which variables are updated in one call.
+
+    In a graph a large one by itself, as soon as its gradient is there: the backward pass goes on meanwhile, and the
+    gradient's memory is free for it.
+    """
+    if tf.executing_eagerly():
+        return [variables]
+    small = [one for one in variables if one.layout.size < _LARGE]
+    large = [[one] for one in variables if one.layout.size >= _LARGE]
+    return [small, *large] if small else large

@@ -165,9 +165,9 @@ def empty_variable(variable: Variable) -> None:
         tf.raw_ops.AssignVariableOp(resource=copy.handle, value=tf.zeros([0], copy.dtype), validate_shape=False)
 
 
-def length_now(variable: Variable) -> tf.Tensor:
-    """The length of a vector as it is when a function runs, whatever it was when that was traced."""
-    return tf.raw_ops.VariableShape(input=components(variable)[0].handle)[0]
+def shape_now(variable: Variable) -> tf.Tensor:
+    """The shape of a variable as it is when a function runs, whatever it was when that was traced; int32."""
+    return tf.raw_ops.VariableShape(input=components(variable)[0].handle)
 
 
 class SlotRecord(NamedTuple):

@@ -425,6 +425,9 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             return None
         notes = []
         for position, part in enumerate(self._state.partitions):
+            if isinstance(part, PermanentPartition):
+                notes.append("")  # it says enough
+                continue
             updates = self._state.updates.get(position, fused.reason_against(part))
             why = updates if isinstance(updates, str) else updates.reason_against
             notes.append(f"not fused: {why}" if why else "fused")
@@ -663,11 +666,14 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         if self.state == "full" or tf.executing_eagerly():
             return []
         message = "the masks must be in use still: a function that was traced before `repack` must be traced again"
-        # Not `assert_equal`, which reduces on a GPU what it then waits for. Lengths are in host memory.
-        lengths = [(keras_internals.length_now(part.bits), part.layout) for part in self._masked_partitions()]
-        return [
-            tf.debugging.Assert(tf.equal(length, layout.packed_bytes), [message, length]) for length, layout in lengths
+        shapes = [
+            keras_internals.shape_now(part.bits) for part in self._masked_partitions() if part.layout.packed_bytes
         ]
+        if not shapes:
+            return []
+        # Of all at once: a handful of operations for each variable adds up. And int32, whose minimum is taken where
+        # TensorFlow keeps it, in the host's memory; `assert_equal` waits for a GPU.
+        return [tf.debugging.Assert(tf.reduce_min(tf.concat(shapes, 0)) > 0, [message])]
 
     def _frozen_entries(self) -> FrozenEntries:
         return FrozenEntries(self._state.partitions, self._averages())

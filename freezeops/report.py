@@ -29,20 +29,20 @@ def print_summary(
     """
     table = Table(title=f"MaskedOptimizer {name!r}")
     table.add_column("variable", overflow="fold")
-    for title in ("shape", "frozen", "density", "mask bytes"):
+    for title in ("shape", "frozen", "density", "mask\nbytes"):
         table.add_column(title, justify="right")
     if slot_bytes is not None:
-        table.add_column("slot bytes", justify="right")
+        table.add_column("slot\nbytes", justify="right")
         table.add_column("saved", justify="right")
     table.add_column("way")
-    if updates is not None:
-        table.add_column("update", overflow="fold")
     frozen = [part.size - part.mask.count() for part in partitions]
     for i, part in enumerate(partitions):
         way = f"{part.way} ({part.note})" if part.note else part.way
+        if updates is not None and updates[i]:
+            way = f"{way}, {updates[i]}"
         shape = " × ".join(str(size) for size in part.variable.shape) or "scalar"
         numbers = _numbers(part.size, frozen[i], part.mask_bytes, None if slot_bytes is None else slot_bytes[i])
-        table.add_row(part.path, shape, *numbers, way, *([] if updates is None else [updates[i]]))
+        table.add_row(part.path, shape, *numbers, way)
     table.add_section()
     size, mask_bytes = sum(part.size for part in partitions), sum(part.mask_bytes for part in partitions)
     slots = None

@@ -93,7 +93,7 @@ OPTIMIZERS = {
 FUSED = {
     "SGD momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
     "AdamW": lambda: keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(0.1, 10)),
-    "Nadam": lambda: keras.optimizers.Nadam(0.1),
+    "Adam amsgrad": lambda: keras.optimizers.Adam(0.1, amsgrad=True),
 }
 
 

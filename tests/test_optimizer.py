@@ -377,11 +377,11 @@ def test_summary(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
     assert rows == [
-        ["v0", "6 × 8", "8", "0.8333", "1", "full", "fused"],
-        ["v1", "8", "0", "1", "1", "full", "fused"],
-        ["v2", "2", "0", "1", "0", "unmasked (maskable='none')", "fused"],
-        ["v3", "4", "4", "0", "0", "permanent", "not fused: never updated"],
-        ["total", "62", "12", "0.8065", "2", "", ""],
+        ["v0", "6 × 8", "8", "0.8333", "1", "full, fused"],
+        ["v1", "8", "0", "1", "1", "full, fused"],
+        ["v2", "2", "0", "1", "0", "unmasked (maskable='none'), fused"],
+        ["v3", "4", "4", "0", "0", "permanent"],
+        ["total", "62", "12", "0.8065", "2", ""],
     ]
 
 
