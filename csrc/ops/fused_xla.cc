@@ -1,10 +1,11 @@
-// XLA kernel of FusedUpdate on the CPU: a call of the native kernel, which writes variables and slots in place. It is
-// faster than the loops that XLA makes of the same arithmetic, also where no entry is frozen.
+// XLA kernel of FusedUpdate. On the CPU a call of the native kernel, which writes variables and slots in place: it is
+// faster than the loops that XLA makes of the same arithmetic. Elsewhere plain HLO, see fused_hlo.cc.
 
+#include <cstdlib>
 #include <vector>
 
+#include "ops/fused_hlo.h"
 #include "ops/fused_ops.h"
-#include "ops/op_checks.h"
 #include "ops/xla_compat.h"
 #include "ops/xla_cpu_calls.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -20,36 +21,42 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
  public:
   explicit FusedUpdateXlaOp(tensorflow::OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
     OP_REQUIRES_OK(ctx, GetFusedAttributes(ctx, &attributes_));
-    OP_REQUIRES(ctx, kHaveXlaCalls,
-                absl::UnimplementedError("fused updates under XLA need TensorFlow 2.20 or newer: pass fused=False"));
+    // For tests, which have no other device to run the HLO on.
+    const bool hlo_only = std::getenv("FREEZEOPS_FUSED_HLO") != nullptr;
+    native_ = kHaveXlaCalls && !hlo_only && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
 
-  // All is passed flat, so that there is one way only to lay it out.
   void Compile(XlaOpKernelContext* ctx) override {
+    OP_REQUIRES_OK(ctx, native_ ? Call(ctx) : BuildFusedUpdate(ctx, attributes_));
+  }
+
+ private:
+  // All is passed flat, so that there is one way only to lay it out.
+  absl::Status Call(XlaOpKernelContext* ctx) {
     const FusedAttributes& a = attributes_;
     operands_ = {xla::ConstantR1<int64_t>(ctx->builder(), a.Encoded()), ctx->Input(a.scalars()),
                  ctx->Input(a.scales())};
     written_.clear();
     for (int i = 0; i < a.count(); ++i) {
-      OP_REQUIRES_OK(ctx, AddVariable(ctx, a.variable(i), a.dtype, entries(a.layouts[i]), true));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, a.variable(i), a.dtype, entries(a.layouts[i]), true));
     }
-    for (int i = 0; i < a.count(); ++i) OP_REQUIRES_OK(ctx, AddInput(ctx, a.gradient(i)));
-    for (int i = 0; i < FusedAttributes::Size(a.sparse); ++i) OP_REQUIRES_OK(ctx, AddInput(ctx, a.rows(i)));
-    for (int i = a.slot(0, 0); i < a.mask(0); ++i) OP_REQUIRES_OK(ctx, AddVariable(ctx, i, a.dtype, -1, true));
+    for (int i = 0; i < a.count(); ++i) TF_RETURN_IF_ERROR(AddInput(ctx, a.gradient(i)));
+    for (int i = 0; i < FusedAttributes::Size(a.sparse); ++i) TF_RETURN_IF_ERROR(AddInput(ctx, a.rows(i)));
+    for (int i = a.slot(0, 0); i < a.mask(0); ++i) TF_RETURN_IF_ERROR(AddVariable(ctx, i, a.dtype, -1, true));
     for (int i = a.mask(0); i < a.offsets(0); ++i) {
-      OP_REQUIRES_OK(ctx, AddVariable(ctx, i, tensorflow::DT_UINT8, -1, false));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_UINT8, -1, false));
     }
     for (int i = a.offsets(0); i < a.indices(0); ++i) {
-      OP_REQUIRES_OK(ctx, AddVariable(ctx, i, tensorflow::DT_INT64, -1, false));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_INT64, -1, false));
     }
     for (int i = a.indices(0); i < a.unseeded(0); ++i) {
       tensorflow::DataType dtype;
       TensorShape shape;
-      OP_REQUIRES_OK(ctx, ctx->GetVariableTypeAndShape(i, &dtype, &shape));
-      OP_REQUIRES_OK(ctx, AddVariable(ctx, i, dtype, -1, false));
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(i, &dtype, &shape));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, dtype, -1, false));
     }
     for (int i = a.unseeded(0); i < a.scalars(); ++i) {
-      OP_REQUIRES_OK(ctx, AddVariable(ctx, i, tensorflow::DT_UINT8, -1, true));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_UINT8, -1, true));
     }
 
     std::vector<xla::Shape> results;
@@ -65,11 +72,11 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
     for (size_t i = 0; i < written_.size(); ++i) {
       const Written& each = written_[i];
       const XlaOp value = xla::GetTupleElement(updated, static_cast<int64_t>(i));
-      OP_REQUIRES_OK(ctx, ctx->AssignVariable(each.input, each.dtype, xla::Reshape(value, each.shape.dim_sizes())));
+      TF_RETURN_IF_ERROR(ctx->AssignVariable(each.input, each.dtype, xla::Reshape(value, each.shape.dim_sizes())));
     }
+    return absl::OkStatus();
   }
 
- private:
   struct Written {
     int input;
     int64_t operand;
@@ -102,11 +109,13 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
   }
 
   FusedAttributes attributes_;
+  bool native_ = false;  // by a call of the native kernel
   std::vector<XlaOp> operands_;
   std::vector<Written> written_;
 };
 
 REGISTER_KERNEL_BUILDER(Name("Freezeops>FusedUpdate").Device("XLA_CPU_JIT"), FusedUpdateXlaOp);
+REGISTER_KERNEL_BUILDER(Name("Freezeops>FusedUpdate").Device("XLA_GPU_JIT"), FusedUpdateXlaOp);
 
 }  // namespace
 }  // namespace freezeops

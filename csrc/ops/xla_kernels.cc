@@ -1,17 +1,17 @@
-// XLA kernels of all ops: plain HLO, which XLA fuses into whatever makes or takes the values, and calls of native
-// kernels where these are faster (xla_cpu_calls.cc).
+// XLA kernels of all ops but FusedUpdate: plain HLO, which XLA fuses into whatever makes or takes the values, and calls
+// of native kernels where these are faster (xla_cpu_calls.cc).
 //
 // Registered for the JIT devices directly: the registration macro of XLA's own kernels takes effect only if the library
 // is loaded before XLA is used for the first time.
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "ops/op_checks.h"
 #include "ops/tf_compat.h"
 #include "ops/xla_compat.h"
 #include "ops/xla_cpu_calls.h"
+#include "ops/xla_helpers.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace freezeops {
@@ -23,60 +23,6 @@ using ::tensorflow::TensorShape;
 using ::tensorflow::XlaOpKernel;
 using ::tensorflow::XlaOpKernelContext;
 using ::xla::XlaOp;
-
-absl::Status GetShape(XlaOpKernelContext* ctx, int input, TensorShape* shape) {
-  TF_ASSIGN_OR_RETURN(const xla::Shape xla_shape, ctx->InputXlaShape(input));
-  for (const int64_t size : xla_shape.dimensions()) TF_RETURN_IF_ERROR(shape->AddDimWithStatus(size));
-  return absl::OkStatus();
-}
-
-// The unsigned integers as wide as a floating type. Values are chosen as integers: a choice among floats may turn a
-// signalling NaN into a quiet one.
-xla::PrimitiveType IntegersFor(DataType dtype) {
-  switch (tensorflow::DataTypeSize(dtype)) {
-    case 2:
-      return xla::U16;
-    case 4:
-      return xla::U32;
-    default:
-      return xla::U64;
-  }
-}
-
-// Integers in the tensor's shape: all bits set where an entry is trainable, none where it is frozen. Values are joined
-// by AND and OR with these and not by Select, which the CPU's compiler turns into a branch where one side is expensive
-// to compute: mispredicted at every other entry of a random mask.
-//
-// No axes of length 1 are made on the way: with those XLA picks layouts between which the fused loop copies, and the
-// loop is no longer vectorized.
-XlaOp TrainableBits(XlaOp mask, const MaskLayout& layout, const TensorShape& shape, xla::PrimitiveType integers) {
-  xla::XlaBuilder* builder = mask.builder();
-  const int rank = shape.dims();
-  const int64_t last = rank == 0 ? 1 : shape.dim_size(rank - 1);
-  const bool elementwise = layout.outer == 1 && layout.inner == 1;
-  const bool whole_bytes_per_row = elementwise && rank > 1 && last % 8 == 0;
-  std::vector<int64_t> byte_dims = {mask_bytes(layout.kept)};
-  if (whole_bytes_per_row) byte_dims = {entries(layout) / last, last / 8};
-  std::vector<int64_t> bit_dims = byte_dims;
-  bit_dims.push_back(8);
-  std::vector<int64_t> axes(byte_dims.size());
-  for (size_t i = 0; i < axes.size(); ++i) axes[i] = static_cast<int64_t>(i);
-
-  const XlaOp shifts = xla::Iota(builder, xla::ShapeUtil::MakeShape(xla::U8, bit_dims), byte_dims.size());
-  XlaOp bits = xla::ShiftRightLogical(xla::BroadcastInDim(xla::Reshape(mask, byte_dims), bit_dims, axes), shifts);
-  bits = xla::And(bits, xla::ConstantR0<uint8_t>(builder, 1));
-  if (!whole_bytes_per_row) {
-    bits = xla::Slice(xla::Reshape(bits, {byte_dims[0] * 8}), {0}, {layout.kept}, {1});
-    std::vector<int64_t> spread;
-    if (layout.outer > 1) spread.push_back(layout.outer);
-    const int64_t kept_axis = static_cast<int64_t>(spread.size());
-    spread.push_back(layout.kept);
-    if (layout.inner > 1) spread.push_back(layout.inner);
-    bits = xla::BroadcastInDim(bits, spread, {kept_axis});
-  }
-  const XlaOp all = xla::Sub(xla::Zero(builder, integers), xla::ConvertElementType(bits, integers));
-  return xla::Reshape(all, shape.dim_sizes());
-}
 
 class MaskGradientXlaOp : public XlaOpKernel {
  public:
@@ -266,8 +212,9 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     XlaOp gradient = xla::ConvertElementType(ctx->Input(1), wide);
     XlaOp square = xla::Mul(gradient, gradient);
     if (sparse_) {
-      gradient = Densify(gradient, ctx->Input(2), values_shape, shape);
-      square = xla::Max(xla::Mul(gradient, gradient), Densify(square, ctx->Input(2), values_shape, shape));
+      const int64_t rows = shape.dim_size(0);
+      gradient = SumOfRows(gradient, ctx->Input(2), rows, size_ / rows);
+      square = xla::Max(xla::Mul(gradient, gradient), SumOfRows(square, ctx->Input(2), rows, size_ / rows));
     } else {
       OP_REQUIRES_OK(ctx, CheckEntries("values", values_shape, layout));
     }
@@ -317,25 +264,6 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     return absl::OkStatus();
   }
 
-  // The dense sum of rows, flattened to [rows, width].
-  static XlaOp Densify(XlaOp values, XlaOp indices, const TensorShape& values_shape, const TensorShape& shape) {
-    xla::XlaBuilder* builder = values.builder();
-    const int64_t slices = values_shape.dim_size(0);
-    const int64_t rows = shape.dim_size(0);
-    const int64_t width = rows == 0 ? 0 : shape.num_elements() / rows;
-    xla::PrimitiveType type = builder->GetShape(values)->element_type();
-    const std::unique_ptr<xla::XlaBuilder> adder = builder->CreateSubBuilder("add");
-    const xla::Shape scalar = xla::ShapeUtil::MakeShape(type, {});
-    xla::Add(xla::Parameter(adder.get(), 0, scalar, "a"), xla::Parameter(adder.get(), 1, scalar, "b"));
-    xla::ScatterDimensionNumbers numbers;
-    numbers.add_update_window_dims(1);
-    numbers.add_inserted_window_dims(0);
-    numbers.add_scatter_dims_to_operand_dims(0);
-    numbers.set_index_vector_dim(1);
-    return xla::Scatter(xla::Broadcast(xla::Zero(builder, type), {rows, width}), indices,
-                        xla::Reshape(values, {slices, width}), *adder->Build(), numbers);
-  }
-
   DataType dtype_;
   int64_t size_ = 0;
   bool sparse_ = false;
@@ -370,12 +298,7 @@ class CompactXlaOp : public XlaOpKernel {
     return absl::OkStatus();
   }
 
-  // [kept] or, where a bit stands for more than one entry, [kept, inner].
-  std::vector<int64_t> Dims(int64_t count) const {
-    std::vector<int64_t> dims = {count};
-    if (layout_.inner > 1) dims.push_back(layout_.inner);
-    return dims;
-  }
+  std::vector<int64_t> Dims(int64_t count) const { return DimsOf(count, layout_.inner); }
 
   // Sets one output for each source. Inputs `first` and on are as for CheckTrainable, which was called.
   absl::Status Gather(XlaOpKernelContext* ctx, const std::vector<XlaOp>& sources, int first) {
@@ -410,17 +333,7 @@ class CompactXlaOp : public XlaOpKernel {
 
   XlaOp GatherOne(XlaOpKernelContext* ctx, XlaOp source, XlaOp indices, xla::PrimitiveType type) const {
     const xla::PrimitiveType integers = IntegersFor(dtype_);
-    xla::GatherDimensionNumbers numbers;
-    numbers.add_collapsed_slice_dims(0);
-    numbers.add_start_index_map(0);
-    numbers.set_index_vector_dim(1);
-    std::vector<int64_t> slice = {1};
-    if (layout_.inner > 1) {
-      numbers.add_offset_dims(1);
-      slice.push_back(layout_.inner);
-    }
-    const XlaOp values = xla::Reshape(xla::BitcastConvertType(source, integers), Dims(layout_.kept));
-    const XlaOp gathered = xla::Gather(values, indices, numbers, slice, /*indices_are_sorted=*/true);
+    const XlaOp gathered = GatherRows(xla::BitcastConvertType(source, integers), indices, layout_);
     const XlaOp valid = xla::ConvertElementType(xla::Lt(indices, xla::ScalarLike(indices, layout_.kept)), integers);
     const XlaOp all = xla::BroadcastInDim(xla::Sub(xla::Zero(ctx->builder(), integers), valid), Dims(capacity_), {0});
     return xla::BitcastConvertType(xla::And(all, gathered), type);
@@ -505,26 +418,8 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
       OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
       return;
     }
-    // As floats where that keeps every bit: as integers the whole variable would be copied. XLA scatters 16-bit floats
-    // by way of float32, which changes NaNs in entries that no index names.
-    const bool as_is = tensorflow::DataTypeSize(dtype_) > 2;
-    const xla::PrimitiveType scattered = as_is ? type : IntegersFor(dtype_);
-    const auto to_scattered = [&](XlaOp x) { return as_is ? x : xla::BitcastConvertType(x, scattered); };
-    const std::unique_ptr<xla::XlaBuilder> second = ctx->builder()->CreateSubBuilder("second");
-    const xla::Shape scalar = xla::ShapeUtil::MakeShape(scattered, {});
-    xla::Parameter(second.get(), 0, scalar, "old");
-    xla::Parameter(second.get(), 1, scalar, "new");
-    xla::ScatterDimensionNumbers numbers;
-    if (layout_.inner > 1) numbers.add_update_window_dims(1);
-    numbers.add_inserted_window_dims(0);
-    numbers.add_scatter_dims_to_operand_dims(0);
-    numbers.set_index_vector_dim(1);
-    const XlaOp old = xla::Reshape(to_scattered(value), Dims(layout_.kept));
-    const XlaOp updates = xla::Reshape(to_scattered(ctx->Input(1)), Dims(capacity_));
-    const XlaOp written = xla::Scatter(old, ctx->Input(4), updates, *second->Build(), numbers,
-                                       /*indices_are_sorted=*/true, /*unique_indices=*/true);
-    const XlaOp reshaped = xla::Reshape(written, shape.dim_sizes());
-    OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, as_is ? reshaped : xla::BitcastConvertType(reshaped, type)));
+    const XlaOp written = ScatterRows(value, ctx->Input(4), ctx->Input(1), layout_, capacity_, dtype_, type);
+    OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
   }
 };
 
