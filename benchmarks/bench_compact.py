@@ -1,5 +1,7 @@
 """Compact state against the unmasked Keras optimizer: time, memory, and how both grow.
 
+The general way, `fused=False`; bench_fused.py measures steps in one pass.
+
 Both are given the same gradient, made beforehand. A step of compact state reads it and the
 variable, updates a variable of the trainable entries, and writes those back. Bytes of state
 are counted from the variables that there are; peak memory is the largest resident set
@@ -78,13 +80,13 @@ def make_step(
 
 def make_compact(optimizer: str, mask: np.ndarray, gradient: tf.Tensor, jit: bool) -> Callable[[], Any]:
     """The same with compact state."""
-    masked = fz.MaskedOptimizer(OPTIMIZERS[optimizer](), masks={"w": mask}, state="compact")
+    masked = fz.MaskedOptimizer(OPTIMIZERS[optimizer](), masks={"w": mask}, state="compact", fused=False)
     return make_step(masked, gradient, jit)
 
 
 def state_bytes(optimizer: str, mask: np.ndarray, size: int) -> dict[str, int]:
     """Bytes of all that compact state keeps, by what for."""
-    masked = fz.MaskedOptimizer(OPTIMIZERS[optimizer](), masks={"w": mask}, state="compact")
+    masked = fz.MaskedOptimizer(OPTIMIZERS[optimizer](), masks={"w": mask}, state="compact", fused=False)
     variable = keras.Variable(initializer="ones", shape=shape_of(size), name="w")
     masked.build([variable])
     (part,) = masked._state.partitions

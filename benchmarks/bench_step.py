@@ -1,5 +1,7 @@
 """Time and memory of a whole `MaskedOptimizer` step against the bare inner optimizer.
 
+The general way, `fused=False`; bench_fused.py measures steps in one pass.
+
 Both get the same gradient, made inside the compiled function as a backward pass would
 make it (`x + s`: a fresh buffer with one consumer; `x * s` Grappler would merge into the
 bare optimizer's multiplication by the learning rate). The ratio is that of whole calls; the
@@ -78,7 +80,7 @@ def make_producer(x: tf.Variable) -> Callable[[], Any]:
 
 def make_masked(optimizer: str, density: float, x: tf.Variable, jit: bool) -> Callable[[], Any]:
     """A step of the wrapped optimizer with that share of the entries trainable, at random."""
-    masked = fz.MaskedOptimizer(OPTIMIZERS[optimizer]())
+    masked = fz.MaskedOptimizer(OPTIMIZERS[optimizer](), fused=False)
     step = make_step(masked, x, jit)
     if density < 1:
         rng = np.random.default_rng(0)

@@ -49,25 +49,14 @@ class FusedOp : public tensorflow::OpKernel {
 
   absl::Status CheckNumbers(tensorflow::OpKernelContext* ctx) const {
     const FusedAttributes& a = attributes_;
-    const tensorflow::Tensor& scalars = ctx->input(a.scalars());
-    const tensorflow::Tensor& scales = ctx->input(a.scales());
-    if (scalars.dims() != 1 || scalars.dim_size(0) != a.rule->scalars) {
-      return InvalidArgument("scalars must be the ", a.rule->scalars, " of rule ", a.rule->name,
-                             ". Received: scalars of shape ", scalars.shape().DebugString());
-    }
-    if (scales.dims() == 1 && scales.dim_size(0) == FusedAttributes::Size(a.seed_slots)) return absl::OkStatus();
-    return InvalidArgument("scales must be as many as seed_slots, ", a.seed_slots.size(),
-                           ". Received: scales of shape ", scales.shape().DebugString());
+    return a.CheckNumbers(ctx->input(a.scalars()).shape(), ctx->input(a.scales()).shape());
   }
 
   // The mask of a variable, and with compact state what belongs to it.
   absl::Status ReadMask(tensorflow::OpKernelContext* ctx, int i, Held* held) const {
     const FusedAttributes& a = attributes_;
     const MaskLayout& layout = a.layouts[i];
-    if (masked_[i] < 0) {
-      if (layout.kept == 1) return absl::OkStatus();
-      return InvalidArgument("layout must be [1, 1, n] without a mask. Received: layout=", LayoutString(layout));
-    }
+    if (masked_[i] < 0) return a.CheckUnmasked(i);
     TF_RETURN_IF_ERROR(ReadVariable(ctx, a.mask(masked_[i]), &held->mask));
     if (held->mask.dtype() != tensorflow::DT_UINT8) {
       return InvalidArgument("mask must be of dtype uint8. Received: mask of dtype ",

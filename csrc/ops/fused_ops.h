@@ -64,6 +64,22 @@ struct FusedAttributes {
     return seeds;
   }
 
+  // What the kernels check in the same way, from shapes.
+  absl::Status CheckNumbers(const tensorflow::TensorShape& scalars_shape,
+                            const tensorflow::TensorShape& scales_shape) const {
+    if (scalars_shape.dims() != 1 || scalars_shape.dim_size(0) != rule->scalars) {
+      return InvalidArgument("scalars must be the ", rule->scalars, " of rule ", rule->name,
+                             ". Received: scalars of shape ", scalars_shape.DebugString());
+    }
+    if (scales_shape.dims() == 1 && scales_shape.dim_size(0) == Size(seed_slots)) return absl::OkStatus();
+    return InvalidArgument("scales must be as many as seed_slots, ", seed_slots.size(), ". Received: scales of shape ",
+                           scales_shape.DebugString());
+  }
+  absl::Status CheckUnmasked(int i) const {
+    if (layouts[i].kept == 1) return absl::OkStatus();
+    return InvalidArgument("layout must be [1, 1, n] without a mask. Received: layout=", LayoutString(layouts[i]));
+  }
+
   static int Size(const std::vector<int64_t>& list) { return static_cast<int>(list.size()); }
 
   // All but the dtype as numbers, and back: for kernels that XLA calls.

@@ -8,6 +8,7 @@
 #include "ops/fused_ops.h"
 #include "ops/xla_compat.h"
 #include "ops/xla_cpu_calls.h"
+#include "ops/xla_helpers.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace freezeops {
@@ -27,10 +28,31 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
+    OP_REQUIRES_OK(ctx, Check(ctx));
     OP_REQUIRES_OK(ctx, native_ ? Call(ctx) : BuildFusedUpdate(ctx, attributes_));
   }
 
  private:
+  absl::Status Check(XlaOpKernelContext* ctx) const {
+    const FusedAttributes& a = attributes_;
+    TensorShape scalars, scales;
+    TF_RETURN_IF_ERROR(GetShape(ctx, a.scalars(), &scalars));
+    TF_RETURN_IF_ERROR(GetShape(ctx, a.scales(), &scales));
+    TF_RETURN_IF_ERROR(a.CheckNumbers(scalars, scales));
+    const std::vector<int> masked = a.NumberIn(a.masked);
+    for (int i = 0; i < a.count(); ++i) {
+      if (masked[i] < 0) {
+        TF_RETURN_IF_ERROR(a.CheckUnmasked(i));
+        continue;
+      }
+      tensorflow::DataType dtype;
+      TensorShape mask;
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.mask(masked[i]), &dtype, &mask));
+      TF_RETURN_IF_ERROR(CheckMask(mask, a.layouts[i]));
+    }
+    return absl::OkStatus();
+  }
+
   // All is passed flat, so that there is one way only to lay it out.
   absl::Status Call(XlaOpKernelContext* ctx) {
     const FusedAttributes& a = attributes_;
