@@ -163,7 +163,7 @@ class VariableUpdate {
     for (int j = 0; j < a_.rule->slots; ++j) {
       Expression& slot = slots[a_.rule->places[j]];
       slot = slots_[j];
-      slot.stored = [this, j](XlaOp updated) { return Kept(updated, slots_[j]); };
+      slot.stored = [this, j](XlaOp updated) { return KeptSlot(updated, slots_[j]); };
     }
     UpdateEntries(*a_.rule, a_.decays[i_], scalars_.data(), value, gradient_, square_, slots);
     for (int j = 0; j < a_.rule->slots; ++j) {
@@ -315,6 +315,14 @@ class VariableUpdate {
   }
 
   XlaOp Kept(XlaOp updated, XlaOp old) const { return masked_ < 0 ? updated : Chosen(trainable_, updated, old); }
+
+  // Of types that are wide enough not to be calculated in others a choice among floats keeps every bit too. It makes
+  // one loop of a slot, which that of the variable reads: the loop of a conversion is calculated again where it is
+  // read.
+  XlaOp KeptSlot(XlaOp updated, XlaOp old) const {
+    if (masked_ < 0 || tensorflow::DataTypeSize(a_.dtype) == 2) return Kept(updated, old);
+    return xla::Select(xla::Ne(trainable_, xla::ScalarLike(trainable_, 0)), updated, old);
+  }
 
   XlaOpKernelContext* const ctx_;
   const FusedAttributes& a_;
