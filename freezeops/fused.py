@@ -8,7 +8,7 @@ Read in Keras 3.15.1, `optimizers/*.py`.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,11 +81,21 @@ def _lion(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
     return [rate, beta_1, 1.0 - beta_1, beta_2, 1.0 - beta_2]
 
 
-def rule_of(optimizer: keras.optimizers.Optimizer) -> Rule | str:
-    """The rule of a built optimizer that wraps no other; or why there is none, in words for people."""
+def rule_of(optimizer: keras.optimizers.Optimizer, outermost: keras.optimizers.Optimizer) -> Rule | str:
+    """The rule of a built optimizer that wraps no other; or why there is none, in words for people.
+
+    Args:
+        optimizer: The optimizer.
+        outermost: What `MaskedOptimizer` wraps: this one, or what wraps it.
+    """
     cls = type(optimizer)
     if not any(cls is getattr(keras.optimizers, name) for name in _RULES):
         return f"not one of {', '.join(_RULES)} itself"
+    if unknown := keras_internals.unknown_wrappers(outermost):
+        return f"{type(unknown[0]).__name__} around it may write variables"
+    for part in (optimizer, *keras_internals.wrapped_optimizers(outermost)):
+        if replaced := keras_internals.replaced_methods(part):
+            return f"its `{replaced[0]}` was replaced"
     if not keras_internals.can_update_together(optimizer):
         return "this version of Keras updates variables in a way that freezeops does not know"
     if optimizer.use_ema:
@@ -193,6 +203,7 @@ class FusedUpdates:
         self.optimizer = optimizer
         self.seeding = seeding
         self.parts: dict[str, tuple[Partition, list[Variable], VariableSlots | None]] = {}
+        self._numbers: dict[str, int] = {}
         self._outermost = outermost
 
     def add(self, part: Partition, number: int, slots: VariableSlots | None) -> None:
@@ -203,14 +214,23 @@ class FusedUpdates:
             number: Its number among the optimizer's variables.
             slots: What is known of its slots, if entries of it can be unfrozen.
         """
-        states = [getattr(self.optimizer, name)[number] for name in self.rule.slots]
         seeded = slots if slots is not None and slots.unseeded is not None else None
-        self.parts[keras_internals.variable_key(part.variable)] = part, states, seeded
+        key = keras_internals.variable_key(part.variable)
+        self.parts[key], self._numbers[key] = (part, self._states(number), seeded), number
+
+    def _states(self, number: int) -> list[Variable]:
+        return [getattr(self.optimizer, name)[number] for name in self.rule.slots]
+
+    def has_slots_of(self, part: Partition) -> bool:
+        """Whether the slots of a variable are still those that it was included with."""
+        key = keras_internals.variable_key(part.variable)
+        now = self._states(self._numbers[key])
+        return all(state is old for state, old in zip(now, self.parts[key][1], strict=True))
 
     @property
     def reason_against(self) -> str:
         """Why nothing can be fused in the step that begins; "" where it can: options can be set at any time."""
-        rule = rule_of(self.optimizer)
+        rule = rule_of(self.optimizer, self._outermost)
         if isinstance(rule, str):
             return rule
         return "" if rule == self.rule else "its options are not those that it was built with"
@@ -229,18 +249,22 @@ class FusedStep(keras_internals.UpdateHook):
     """
 
     def __init__(self, updates: FusedUpdates, direct: bool):
-        self.owner = updates
         self._updates = updates
         self._direct = direct
         # Compact variables: whether the trainable entries are gathered before, so that no others are looked at, or
         # sent to other replicas.
         self._gathers = not direct or tf.distribute.get_strategy().num_replicas_in_sync > 1
         self._taken: set[str] = set()
-        self._updated = False
+        self._updated: set[str] = set()
 
-    def takes(self, gradient: Gradient) -> bool:
-        """Whether a gradient of such a kind can be fused."""
-        return self._updates.rule.sparse or not isinstance(gradient, tf.IndexedSlices)
+    @property
+    def identity(self) -> Hashable:  # noqa: D102
+        return id(self._updates), frozenset(self._taken)
+
+    def takes(self, part: Partition, gradient: Gradient) -> bool:
+        """Whether a gradient of such a kind can be fused, for a variable."""
+        dense = not isinstance(gradient, tf.IndexedSlices)
+        return (dense or self._updates.rule.sparse) and self._updates.has_slots_of(part)
 
     def take(self, part: Partition, gradient: Gradient) -> tuple[Gradient, Variable, Any]:
         """Includes a variable.
@@ -264,11 +288,11 @@ class FusedStep(keras_internals.UpdateHook):
         with keras_internals.updating_together(self._updates.optimizer, self):
             yield
         # Where replicas wait for each other, one of them updates for all.
-        if self._direct and self._taken and not self._updated and not tf.distribute.has_strategy():
+        if self._direct and self._taken - self._updated and not tf.distribute.has_strategy():
             raise RuntimeError(
                 "The inner optimizer must update variables by Keras's own `apply` with `fused=True`: one that was "
-                f"changed may have moved frozen entries. Received: {self._updates.optimizer.name!r}, which made no "
-                "update in one pass. Pass fused=False"
+                f"changed may have moved frozen entries. Received: {self._updates.optimizer.name!r}, which did "
+                "not update all variables in one pass. Pass fused=False"
             )
 
     def includes(self, variable: Variable) -> bool:  # noqa: D102
@@ -280,7 +304,7 @@ class FusedStep(keras_internals.UpdateHook):
         grads_and_vars: Sequence[tuple[Gradient, tf.Variable]],
         learning_rate: Any,
     ) -> None:
-        self._updated = True
+        self._updated |= {keras_internals.variable_key(variable) for _, variable in grads_and_vars}
         groups: dict[tuple[str, bool, str], _Group] = {}
         for gradient, variable in grads_and_vars:
             part = self._updates.parts[keras_internals.variable_key(variable)][0]
@@ -321,7 +345,7 @@ class FusedStep(keras_internals.UpdateHook):
             fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
             if slots is not None:
                 seeded = slots.seeded_among(states)  # the same for all
-        scalars = tf.stack([tf.cast(tf.convert_to_tensor(value, dtype), dtype) for value in (step, *decay, *others)])
+        scalars = tf.stack([_scalar(value, dtype) for value in (step, *decay, *others)])
         scales = self._updates.seeding.scales([slot for _, slot in seeded])
         for together in _calls(fused):
             ops.fused_update(
@@ -362,6 +386,13 @@ class FusedStep(keras_internals.UpdateHook):
             unseeded=None if slots is None else beside(slots.unseeded),
             decays=optimizer.weight_decay is not None and optimizer._use_weight_decay(variable),
         )
+
+
+def _scalar(value: Any, dtype: str) -> tf.Tensor:
+    """A number, a tensor or a variable as a tensor."""
+    if isinstance(value, keras.Variable | tf.Variable | tf.Tensor):
+        return tf.cast(tf.convert_to_tensor(value), dtype)
+    return tf.convert_to_tensor(value, dtype)
 
 
 _LARGE = 1 << 16

@@ -7,7 +7,7 @@ Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimi
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -292,8 +292,12 @@ def step_count(optimizer: keras.optimizers.Optimizer) -> int:
 class StepHook:
     """What `before_updates` calls."""
 
-    owner: object
-    """What makes such hooks: those of replicas that wait for each other have the same."""
+    identity: Hashable
+    """The same for the hooks of replicas that wait for each other, and for no others."""
+
+    def includes(self, variable: Variable) -> bool:
+        """Whether the hook has anything to do for this variable."""
+        raise NotImplementedError
 
     def before_update(self, gradient: Any, variable: tf.Variable) -> None:
         """Called before each variable's update."""
@@ -314,7 +318,7 @@ def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> Abs
 
 
 def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
-    if hook := _hook_now(self, "_freezeops_before_updates"):
+    if hook := _hook_now(self, "_freezeops_before_updates", [variable]):
         hook.before_update(gradient, variable)
     return type(self).update_step(self, gradient, variable, learning_rate)
 
@@ -322,8 +326,10 @@ def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: An
 class UpdateHook:
     """What updates variables all at once in a step, see `updating_together`."""
 
-    owner: object
-    """What makes such hooks: those of replicas that wait for each other have the same."""
+    @property
+    def identity(self) -> Hashable:
+        """The same for the hooks of replicas that wait for each other, and for no others."""
+        raise NotImplementedError
 
     def includes(self, variable: Variable) -> bool:
         """Whether the hook updates this variable."""
@@ -345,6 +351,24 @@ class UpdateHook:
 def can_update_together(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether `updating_together` knows how this version of Keras updates variables."""
     return all(callable(getattr(type(optimizer), name, None)) for name in _UPDATES)
+
+
+def replaced_methods(optimizer: keras.optimizers.Optimizer) -> list[str]:
+    """Methods of an optimizer that somebody replaced on the instance."""
+    return [
+        name
+        for name, value in vars(optimizer).items()
+        if callable(value)
+        and callable(getattr(type(optimizer), name, None))
+        and not (getattr(value, "__module__", None) or "").startswith("freezeops.")
+    ]
+
+
+def unknown_wrappers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """What wraps an optimizer, of a class that may do more than Keras's own wrappers: write variables, for example."""
+    wrappers = [part for part in wrapped_optimizers(optimizer) if hasattr(part, "inner_optimizer")]
+    wrappers += [part for part in wrapped_optimizers(optimizer) if is_multi_optimizer(part)]
+    return [part for part in wrappers if type(part) not in (keras.optimizers.LossScaleOptimizer, _MULTI_OPTIMIZER)]
 
 
 def updating_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> AbstractContextManager:
@@ -381,31 +405,38 @@ def _during_step(
             hooks[thread] = before
 
 
-def _hook_now(optimizer: Any, name: str) -> Any:
-    """The hook of this thread's step, or of the step that this thread works for; `None` where there is none."""
+def _hook_now(optimizer: Any, name: str, variables: Sequence[Variable]) -> Any:
+    """The hook of this thread's step, or of the step that this thread works for; `None` where there is none.
+
+    Args:
+        optimizer: What has the hook.
+        name: Its attribute.
+        variables: What is updated now.
+    """
     hooks = getattr(optimizer, name).value
     if (own := hooks.get(threading.get_ident())) or not tf.distribute.has_strategy():
         return own
-    # Replicas wait in threads of their own while one that has none updates for them.
-    waiting = list(hooks.values())
-    if len({id(hook.owner) for hook in waiting}) > 1:
+    # Replicas wait in threads of their own while one that has none updates for them. Others may wait in other steps.
+    waiting = [hook for hook in list(hooks.values()) if any(map(hook.includes, variables))]
+    if len({hook.identity for hook in waiting}) > 1:
         raise RuntimeError(
-            "One optimizer must not be used by two MaskedOptimizers at the same time. "
+            "An optimizer must make one step of a variable at a time. "
             f"Received: {len(waiting)} steps at once of {optimizer.name!r}"
         )
     return waiting[0] if waiting else None
 
 
 def _decay_others(self: Any, variables: Any) -> None:
-    hook = _hook_now(self, "_freezeops_updates")
+    variables = list(variables)
+    hook = _hook_now(self, "_freezeops_updates", variables)
     others = [variable for variable in variables if hook is None or not hook.includes(variable)]
     if others:
         type(self)._apply_weight_decay(self, others)
 
 
 def _update_others(self: Any, distribution: Any, grads_and_vars: Any, learning_rate: Any) -> None:
-    hook = _hook_now(self, "_freezeops_updates")
     grads_and_vars = list(grads_and_vars)
+    hook = _hook_now(self, "_freezeops_updates", [variable for _, variable in grads_and_vars])
     if hook is not None:
         together = [pair for pair in grads_and_vars if hook.includes(pair[1])]
         grads_and_vars = [pair for pair in grads_and_vars if not hook.includes(pair[1])]

@@ -383,14 +383,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
     def _find_fused(self) -> None:
         """Finds out which variables can be updated in one pass."""
         self._state.updates = {}
-        wrapped = [
-            part
-            for part in keras_internals.wrapped_optimizers(self.inner_optimizer)
-            if isinstance(part, MaskedOptimizer)
-        ]
-        of_others = {id(base) for part in wrapped for base in keras_internals.base_optimizers(part)}
         for base in keras_internals.base_optimizers(self.inner_optimizer):
-            rule = "another MaskedOptimizer updates it" if id(base) in of_others else fused.rule_of(base)
+            rule = fused.rule_of(base, self.inner_optimizer)
             updates: FusedUpdates | None = None
             if isinstance(rule, fused.Rule):
                 seeding = self._state.seedings.setdefault(id(base), Seeding(base))
@@ -429,8 +423,12 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 notes.append("")  # it says enough
                 continue
             updates = self._state.updates.get(position, fused.reason_against(part))
-            why = updates if isinstance(updates, str) else updates.reason_against
-            notes.append(f"not fused: {why}" if why else "fused")
+            if isinstance(updates, str):
+                notes.append(f"not fused: {updates}")
+            elif why := updates.reason_against or fused.reason_against(part):
+                notes.append(f"not fused: {why}")
+            else:
+                notes.append("fused" if updates.rule.sparse else "fused (dense gradients)")
         return notes
 
     def _build_once(self, variables: Sequence[Variable]) -> None:
@@ -616,7 +614,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             for variable, gradient in zip(variables, grads, strict=True):
                 part = self._partition(variable)
                 step, inner, snapshot = steps.get(id(part)), part.inner_variable, None
-                if gradient is not None and step is not None and step.takes(gradient):
+                if gradient is not None and step is not None and step.takes(part, gradient):
                     gradient, inner, snapshot = step.take(part, gradient)
                 elif gradient is not None:
                     gradient, snapshot = part.take_and_remember(gradient)
@@ -655,11 +653,14 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         twice = {position for position, count in counts.items() if count > 1}
         all_updates = {id(each): each for each in self._state.updates.values() if isinstance(each, FusedUpdates)}
         steps = {key: updates.step() for key, updates in all_updates.items() if not updates.reason_against}
-        return {
-            id(self._state.partitions[position]): steps[id(updates)]
+        found = {
+            position: steps[id(updates)]
             for position, updates in self._state.updates.items()
             if id(updates) in steps and position not in twice
         }
+        parts = self._state.partitions
+        # What is asked of a variable may be set late, too.
+        return {id(parts[i]): step for i, step in found.items() if not fused.reason_against(parts[i])}
 
     def _masks_in_use(self) -> list[tf.Operation]:
         """Fails, as a traced step begins, where `repack` took away a mask that it was traced with."""

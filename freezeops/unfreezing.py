@@ -191,9 +191,12 @@ class _SeedingStep(keras_internals.StepHook):
     """One step, in which most variables share the factors."""
 
     def __init__(self, seeding: Seeding):
-        self.owner = seeding
+        self.identity = id(seeding)
         self._seeding = seeding
         self._scales: dict[tuple[tf.Graph | None, tuple[Slot, ...]], list[tf.Tensor]] = {}
+
+    def includes(self, variable: Variable) -> bool:
+        return keras_internals.variable_key(variable) in self._seeding.slots
 
     def before_update(self, gradient: Any, variable: tf.Variable) -> None:
         """Seeds the slots of one variable, if it has any that can be."""

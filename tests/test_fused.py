@@ -240,6 +240,10 @@ def apply_one(optimizer, variable, gradient):
     optimizer.apply([gradient], [variable])
 
 
+def apply_rows(optimizer, variable, values, rows):
+    optimizer.apply([tf.IndexedSlices(values, rows, tf.constant([10, 4]))], [variable])
+
+
 SHAPES = [(37, 41), (129,), (3,), (500, 7)]
 
 
@@ -425,9 +429,13 @@ def test_unfreezing_as_unfused(setup, state, policy):
             gradient = rng.normal(size=(30, 30)).astype("float32")
             gradient[rng.random((30, 30)) < 0.3] = 0
             optimizer.apply([tf.constant(gradient)], [variable])
-        results.append([variable.numpy(), *(v.numpy() for v in optimizer.variables if v.dtype == "float32")])
-    # The bits of frozen entries' slots are nobody's business.
-    assert_same_bits(results[0][0], results[1][0], f"{setup} {policy}")
+        slots = [v.numpy() for v in optimizer.inner_optimizer.variables if v.dtype == "float32" and v.shape != ()]
+        count, passing = optimizer.mask_for(variable).count(), optimizer.mask_for(variable).to_numpy()
+        # The bits of frozen entries' slots are nobody's business.
+        slots = [slot.reshape(-1)[:count] if state == "compact" else slot[passing] for slot in slots]
+        results.append([variable.numpy(), *slots])
+    for actual, expected in zip(*results, strict=True):
+        assert_same_bits(actual, expected, f"{setup} {policy}")
 
 
 def test_switched_in_mid_training():
@@ -619,13 +627,127 @@ def test_an_option_that_is_set_late(inner, option, value):
     assert_same_bits(*results)
 
 
-def test_an_update_that_passes_by_is_an_error():
+def test_an_update_that_passes_by_is_an_error(monkeypatch):
     variable, mask, gradient = masked_variable()
     optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), masks={"w": mask})
     optimizer.build([variable])
-    optimizer.inner_optimizer.apply = lambda gradients, variables: None
+    monkeypatch.setattr(keras.optimizers.Adam, "apply", lambda self, gradients, variables: None)
     with pytest.raises(RuntimeError, match="must update variables by Keras's own `apply`"):
         optimizer.apply([gradient], [variable])
+
+
+class Shrinking(keras.optimizers.LossScaleOptimizer):
+    """Writes variables by itself."""
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+        for variable in trainable_variables:
+            variable.assign(variable * 0.9)
+
+
+@pytest.mark.parametrize("mode", ["eager", "function"])
+def test_a_wrapper_that_writes_variables(mode):
+    variable, mask, gradient = masked_variable()
+    optimizer = fz.MaskedOptimizer(Shrinking(keras.optimizers.AdamW(0.1), initial_scale=1.0), masks={"w": mask})
+    optimizer.build([variable])
+    before = variable.numpy()
+    in_mode(lambda: optimizer.apply([gradient], [variable]), mode)()
+    assert_same_bits(variable.numpy()[~mask], before[~mask])
+    assert optimizer._update_notes() == ["not fused: Shrinking around it may write variables"]
+
+
+@pytest.mark.parametrize("method", ["apply", "_backend_update_step", "update_step"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_method_that_was_replaced(method, late):
+    """What stands on the instance runs, and frozen entries stay."""
+    results = []
+    for fused in (True, False):
+        variable, mask, gradient = masked_variable()
+        optimizer = fz.MaskedOptimizer(keras.optimizers.AdamW(0.1), masks={"w": mask}, fused=fused)
+        inner = optimizer.inner_optimizer
+        if late:
+            optimizer.apply([gradient], [variable])
+        real = getattr(inner, method)
+
+        def replaced(*args, real=real, variable=variable):
+            real(*args)
+            variable.assign(variable * 0.9)
+
+        setattr(inner, method, replaced)
+        before = variable.numpy()
+        optimizer.apply([gradient], [variable])
+        assert_same_bits(variable.numpy()[~mask], before[~mask])
+        results.append(variable.numpy())
+        if fused and method == "apply":
+            assert optimizer._update_notes() == ["not fused: its `apply` was replaced"]
+    assert_same_bits(*results)
+
+
+class Halves(keras.constraints.Constraint):
+    def __call__(self, w):
+        return w * 0.5
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("name, value", [("constraint", Halves()), ("overwrite_with_gradient", True)])
+def test_what_a_variable_is_told_late(name, value, state):
+    variable, mask, gradient = masked_variable()
+    other = keras.Variable(np.ones(3, "float32"), name="other")
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), masks={"w": mask}, state=state)
+    optimizer.apply([gradient, tf.ones(3)], [variable, other])
+    before = variable.numpy()
+    setattr(variable, name, value)
+    optimizer.apply([gradient, tf.ones(3)], [variable, other])
+    assert_same_bits(variable.numpy()[~mask], before[~mask])
+    assert np.all(variable.numpy()[mask] != before[mask])
+
+
+@pytest.mark.parametrize("option", ["epsilon", "beta_2"])
+@pytest.mark.parametrize("kind", [tf.constant, tf.Variable])
+def test_options_that_are_tensors(option, kind):
+    results = []
+    for fused in (True, False):
+        variable, mask, gradient = masked_variable()
+        variable = keras.Variable(variable.numpy(), dtype="float16", name="w")
+        inner = keras.optimizers.Adam(0.1, **{option: kind(0.25)})
+        optimizer = fz.MaskedOptimizer(inner, masks={"w": mask}, fused=fused)
+        optimizer.apply([tf.cast(gradient, "float16")], [variable])
+        results.append(variable.numpy().astype("float32"))
+    np.testing.assert_allclose(*results, rtol=2e-3, atol=1e-4)
+
+
+def test_slots_that_were_replaced():
+    results = []
+    for fused in (True, False):
+        variable, mask, gradient = masked_variable()
+        optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), masks={"w": mask}, fused=fused)
+        optimizer.apply([gradient], [variable])
+        optimizer.inner_optimizer._momentums = [keras.Variable(np.ones(100, "float32"))]
+        optimizer.apply([gradient], [variable])
+        results.append(variable.numpy())
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_rows_out_of_range(mode, state):
+    """As unfused: an error outside of XLA, which has none and drops the row."""
+    results = []
+    for fused in (True, False):
+        variable = keras.Variable(np.ones((10, 4), "float32"), name="w")
+        optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(0.1, 0.9), state=state, fused=fused)
+        optimizer.register_mask(variable, np.arange(10)[:, None] < 8)
+        optimizer.build([variable])
+        values, rows = tf.ones((3, 4)), tf.constant([1, 12, 9])
+        step = in_mode(functools.partial(apply_rows, optimizer, variable), mode)
+        if mode == "jit":
+            step(values, rows)
+        else:
+            with pytest.raises(tf.errors.InvalidArgumentError):
+                step(values, rows)
+            assert np.all(variable.numpy() == 1)
+        results.append(variable.numpy())
+    np.testing.assert_allclose(*results, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])

@@ -1,17 +1,11 @@
 """Fused updates compiled by XLA, both ways: plain HLO (the only way on GPUs) and, on the CPU, a call of the kernel."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import OPTIONS, assert_same_bits
-from test_fused import DTYPES, FUSED, RULES, options_for, passing_of, train, variables_of
-from test_promise import check
+from common import assert_same_bits
+from test_fused import DTYPES, RULES, passing_of, variables_of
 
 from freezeops import _native, ops, reference_updates
 from freezeops.layout import Layout
@@ -93,9 +87,7 @@ def assert_close_and_frozen_exact(ours, twins, before, dtype, told, units=4):
             else:
                 passing = passing_of(bits, one.layout)
             assert_same_bits(actual[~passing], before[number][array][~passing], f"{where}: frozen")
-            actual, expected, old = (
-                x[passing].astype(np.float64) for x in (actual, expected, before[number][array])
-            )
+            actual, expected, old = (x[passing].astype(np.float64) for x in (actual, expected, before[number][array]))
             # Of what took part in the sum.
             size = np.maximum.reduce([np.abs(expected), np.abs(old), np.abs(expected - old)])
             error = np.abs(actual - expected) / (unit * np.maximum(size, 0.1))
