@@ -21,7 +21,7 @@ namespace freezeops {
 // A gradient that names some rows of a variable: those of tf.IndexedSlices.
 struct Slices {
   const void* values;   // [count, width]
-  const int64_t* rows;  // each in [0, the variable's rows)
+  const int64_t* rows;  // those that the variable has not are passed over
   int64_t count;
   int64_t width;
 };
@@ -52,19 +52,19 @@ class FusedParts {
   FusedParts(const FusedParts&) = delete;
   FusedParts& operator=(const FusedParts&) = delete;
 
-  // Returns whether the offsets and indices of each were those of its mask; entries of one whose were not may be left
-  // out, and none is written that is not trainable.
+  // Returns whether the offsets and indices of each were those of its mask. Nothing was written if they can be seen not
+  // to be; single indices that are not are found out later, and no entry is written that is not trainable.
   bool Update(const std::vector<FusedVariable>& variables) {
+    for (const FusedVariable& variable : variables) {
+      if (variable.offsets != nullptr && !CheckRanks(variable)) return false;
+    }
     std::vector<Piece> pieces;
     std::vector<Rows> rows(variables.size());
-    bool fits = true;
     for (size_t i = 0; i < variables.size(); ++i) {
       const FusedVariable& variable = variables[i];
       if (entries(variable.tensor.mask.layout) == 0) continue;
-      if (variable.offsets != nullptr && !CheckTotal(variable)) {
-        fits = false;
-      } else if (variable.slices != nullptr) {
-        rows[i] = SumRows(*variable.slices);
+      if (variable.slices != nullptr) {
+        rows[i] = SumRows(*variable.slices, entries(variable.tensor.mask.layout));
         AddRows(variable, rows[i], &pieces);
       } else {
         AddPieces(variable, &pieces);
@@ -81,7 +81,7 @@ class FusedParts {
     }
     const int64_t count = static_cast<int64_t>(batches.size()) - 1;
     std::atomic<int64_t> next(0);
-    std::atomic<bool> all_fit(fits);
+    std::atomic<bool> all_fit(true);
     const auto work = [&] {
       for (int64_t batch = next++; batch < count; batch = next++) {
         for (size_t i = batches[batch]; i < batches[batch + 1]; ++i) {
@@ -132,8 +132,34 @@ class FusedParts {
     return variable.offsets[rank_blocks(variable.tensor.mask.layout.kept)];
   }
 
-  static bool CheckTotal(const FusedVariable& variable) {
-    return Total(variable) >= 0 && Total(variable) <= variable.capacity;
+  // Whether the offsets are the ranks of the mask's blocks, and the indices those of ones in these, as far as the first
+  // and the last of each tell.
+  bool CheckRanks(const FusedVariable& variable) const {
+    const MaskView& mask = variable.tensor.mask;
+    const int64_t kept = mask.layout.kept;
+    const MaskView bits{mask.bits, {1, kept, 1}};
+    const int64_t* const offsets = variable.offsets;
+    const TrainableIndices& indices = variable.indices;
+    if (offsets[0] != 0 || Total(variable) > variable.capacity) return false;
+    const auto is_one = [&](int64_t rank, int64_t begin, int64_t end) {
+      const int64_t index = indices.wide ? static_cast<const int64_t*>(indices.data)[rank]
+                                         : static_cast<int64_t>(static_cast<const uint32_t*>(indices.data)[rank]);
+      return index >= begin && index < end && bit_is_set(mask.bits, index);
+    };
+    std::atomic<bool> fits(true);
+    parallel_for_(rank_blocks(kept), kRankBlockBits, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * kRankBlockBits;
+        const int64_t end = std::min(begin + kRankBlockBits, kept);
+        const int64_t ones = end - begin - cpu_kernels().count_frozen(bits, begin, end);
+        if (offsets[block] < 0 || offsets[block + 1] - offsets[block] != ones ||
+            offsets[block + 1] > variable.capacity ||
+            (ones > 0 && !(is_one(offsets[block], begin, end) && is_one(offsets[block + 1] - 1, begin, end)))) {
+          fits = false;
+        }
+      }
+    });
+    return fits;
   }
 
   void AddPieces(const FusedVariable& variable, std::vector<Piece>* pieces) const {
@@ -154,20 +180,25 @@ class FusedParts {
     }
   }
 
-  Rows SumRows(const Slices& slices) const {
-    std::vector<std::pair<int64_t, int64_t>> order(slices.count);
-    for (int64_t i = 0; i < slices.count; ++i) order[i] = {slices.rows[i], i};
+  // `size`: the variable's entries.
+  Rows SumRows(const Slices& slices, int64_t size) const {
+    std::vector<std::pair<int64_t, int64_t>> order;
+    order.reserve(slices.count);
+    for (int64_t i = 0; i < slices.count && slices.width > 0; ++i) {
+      if (slices.rows[i] >= 0 && slices.rows[i] < size / slices.width) order.push_back({slices.rows[i], i});
+    }
     std::sort(order.begin(), order.end());
+    const int64_t count = static_cast<int64_t>(order.size());
     Rows rows;
     std::vector<int64_t> first;  // in `order`, of each row
-    for (int64_t i = 0; i < slices.count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       if (i > 0 && order[i].first == order[i - 1].first) continue;
       rows.names.push_back(order[i].first);
       first.push_back(i);
     }
     const int64_t bytes = slices.width * width();
     const int64_t named = static_cast<int64_t>(first.size());
-    first.push_back(slices.count);
+    first.push_back(count);
     rows.sums.resize(named * bytes);
     rows.squares.resize(named * bytes);
     const auto add = fused_kernels().add_row[type_];
@@ -226,15 +257,7 @@ class FusedParts {
       const TrainableIndices& indices = piece.variable->indices;
       return kernels.by_index[rule][type_](step, tensor, indices.data, indices.wide, piece.begin, piece.end);
     }
-    // Counted again: as many slots are read and written as the offsets say.
-    const int64_t rank = RankOfEntry(*piece.variable, piece.begin);
-    const int64_t after = RankOfEntry(*piece.variable, piece.end);
-    const int64_t frozen = cpu_kernels().count_frozen(tensor.mask, piece.begin, piece.end);
-    if (rank < 0 || after > piece.variable->capacity * tensor.mask.layout.inner ||
-        after - rank != piece.end - piece.begin - frozen) {
-      return false;
-    }
-    kernels.compact[rule][type_](step, tensor, piece.begin, piece.end, rank);
+    kernels.compact[rule][type_](step, tensor, piece.begin, piece.end, RankOfEntry(*piece.variable, piece.begin));
     return true;
   }
 

@@ -210,12 +210,7 @@ ffi::Error FusedUpdate(ffi::ThreadPool pool, ffi::AnyBuffer settings, ffi::AnyBu
       const ffi::AnyBuffer& rows = buffers[a.rows(sparse[i])];
       const int64_t named = rows.element_count();
       const int64_t width = named > 0 ? count / named : 1;
-      if (width > 0) {
-        const int64_t* const row = static_cast<const int64_t*>(rows.untyped_data());
-        for (int64_t k = 0; k < named; ++k) {
-          if (row[k] < 0 || row[k] >= size / width) return wrong("indices");
-        }
-      }
+      // Rows out of range are passed over, as XLA does.
       slices[i] = {gradient.untyped_data(), static_cast<const int64_t*>(rows.untyped_data()), named, width};
       variable.slices = &slices[i];
     }
