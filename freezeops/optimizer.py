@@ -428,7 +428,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             elif why := updates.reason_against or fused.reason_against(part):
                 notes.append(f"not fused: {why}")
             else:
-                notes.append("fused" if updates.rule.sparse else "fused (dense gradients)")
+                notes.append("fused")
         return notes
 
     def _build_once(self, variables: Sequence[Variable]) -> None:

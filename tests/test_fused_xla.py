@@ -1,11 +1,17 @@
 """Fused updates compiled by XLA, both ways: plain HLO (the only way on GPUs) and, on the CPU, a call of the kernel."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import assert_same_bits
-from test_fused import DTYPES, RULES, passing_of, variables_of
+from common import OPTIONS, assert_same_bits
+from test_fused import DTYPES, FUSED, RULES, options_for, passing_of, train, variables_of
+from test_promise import check
 
 from freezeops import _native, ops, reference_updates
 from freezeops.layout import Layout
