@@ -225,6 +225,20 @@ class TestAgainstTheTwin:
             ops.fused_update("adam", [one, one], *told)
         assert_same_bits(one.variable.numpy(), value)
 
+    @pytest.mark.parametrize("density", [0.5, 0.05], ids=["by bits", "by index"])
+    def test_nothing_is_written_where_one_of_several_masks_is_another(self, density):
+        ours, _, told = variables_of(
+            np.random.default_rng(0), "adam", "float32", [Layout(1, 5000, 1)] * 2, density, True, False
+        )
+        other = np.roll(ours[1].bits.numpy(), 256)  # as many ones, in other blocks
+        ours[1].bits.assign(other)
+        arrays = [array for one in ours for array in (one.variable, *one.slots)]
+        before = [array.numpy() for array in arrays]
+        with pytest.raises(tf.errors.InvalidArgumentError, match="offsets"):
+            ops.fused_update("adam", ours, *told)
+        for array, value in zip(arrays, before, strict=True):
+            assert_same_bits(array.numpy(), value)
+
     def test_ranks_of_another_mask_are_refused(self):
         (one,), _, told = variables_of(
             np.random.default_rng(0), "adam", "float32", [Layout(1, 5000, 1)], 0.5, True, False

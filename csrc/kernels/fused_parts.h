@@ -132,32 +132,30 @@ class FusedParts {
     return variable.offsets[rank_blocks(variable.tensor.mask.layout.kept)];
   }
 
-  // Whether the offsets are the ranks of the mask's blocks, and the indices those of ones in these, as far as the first
-  // and the last of each tell.
+  // Whether the offsets are the ranks of the mask's blocks; and, where entries are found by their indices, whether the
+  // first one of each block is a one in it.
   bool CheckRanks(const FusedVariable& variable) const {
     const MaskView& mask = variable.tensor.mask;
     const int64_t kept = mask.layout.kept;
-    const MaskView bits{mask.bits, {1, kept, 1}};
     const int64_t* const offsets = variable.offsets;
-    const TrainableIndices& indices = variable.indices;
     if (offsets[0] != 0 || Total(variable) > variable.capacity) return false;
-    const auto is_one = [&](int64_t rank, int64_t begin, int64_t end) {
-      const int64_t index = indices.wide ? static_cast<const int64_t*>(indices.data)[rank]
-                                         : static_cast<int64_t>(static_cast<const uint32_t*>(indices.data)[rank]);
-      return index >= begin && index < end && bit_is_set(mask.bits, index);
-    };
+    const bool by_index = ByIndex(variable);
+    const TrainableIndices& indices = variable.indices;
     std::atomic<bool> fits(true);
-    parallel_for_(rank_blocks(kept), kRankBlockBits, [&](int64_t first, int64_t last) {
+    parallel_for_(rank_blocks(kept), kRankBlockBits / 16, [&](int64_t first, int64_t last) {
+      bool fit = true;
       for (int64_t block = first; block < last; ++block) {
         const int64_t begin = block * kRankBlockBits;
         const int64_t end = std::min(begin + kRankBlockBits, kept);
-        const int64_t ones = end - begin - cpu_kernels().count_frozen(bits, begin, end);
-        if (offsets[block] < 0 || offsets[block + 1] - offsets[block] != ones ||
-            offsets[block + 1] > variable.capacity ||
-            (ones > 0 && !(is_one(offsets[block], begin, end) && is_one(offsets[block + 1] - 1, begin, end)))) {
-          fits = false;
-        }
+        const int64_t ones = cpu_kernels().count_ones(mask.bits, begin, end);
+        const int64_t rank = offsets[block];
+        fit = fit && rank >= 0 && offsets[block + 1] - rank == ones && rank + ones <= variable.capacity;
+        if (!fit || !by_index || ones == 0) continue;
+        const int64_t index = indices.wide ? static_cast<const int64_t*>(indices.data)[rank]
+                                           : static_cast<int64_t>(static_cast<const uint32_t*>(indices.data)[rank]);
+        fit = index >= begin && index < end && bit_is_set(mask.bits, index);
       }
+      if (!fit) fits = false;
     });
     return fits;
   }
