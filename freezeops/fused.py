@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -93,7 +93,7 @@ def rule_of(optimizer: keras.optimizers.Optimizer, outermost: keras.optimizers.O
         return f"not one of {', '.join(_RULES)} itself"
     if unknown := keras_internals.unknown_wrappers(outermost):
         return f"{type(unknown[0]).__name__} around it may write variables"
-    for part in (optimizer, *keras_internals.wrapped_optimizers(outermost)):
+    for part in keras_internals.wrapped_optimizers(outermost):
         if replaced := keras_internals.replaced_methods(part):
             return f"its `{replaced[0]}` was replaced"
     if not keras_internals.can_update_together(optimizer):
@@ -151,12 +151,11 @@ def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.
         outermost: What `MaskedOptimizer` wraps.
         optimizer: The one that updates variables, behind any wrappers.
     """
-    wrappers = [part for part in keras_internals.wrapped_optimizers(outermost) if part is not optimizer]
     return bool(
         optimizer.clipnorm
         or optimizer.global_clipnorm
         or optimizer.gradient_accumulation_steps
-        or any(hasattr(part, "inner_optimizer") for part in wrappers)
+        or any(hasattr(part, "inner_optimizer") for part in keras_internals.wrapped_optimizers(outermost))
     )
 
 
@@ -182,6 +181,22 @@ class _Group:
     gradients: list[Gradient] = field(default_factory=list)
 
 
+class _Included(NamedTuple):
+    """A variable, as `FusedUpdates.add` was told of it.
+
+    Attributes:
+        part: Its partition.
+        number: Its number among the optimizer's variables.
+        states: Its slots, those of the rule.
+        seeded: What is known of its slots, if entries of it may wait to be seeded.
+    """
+
+    part: Partition
+    number: int
+    states: list[Variable]
+    seeded: VariableSlots | None
+
+
 class FusedUpdates:
     """The fused updates of one optimizer.
 
@@ -202,8 +217,7 @@ class FusedUpdates:
         self.rule = rule
         self.optimizer = optimizer
         self.seeding = seeding
-        self.parts: dict[str, tuple[Partition, list[Variable], VariableSlots | None]] = {}
-        self._numbers: dict[str, int] = {}
+        self.included: dict[str, _Included] = {}
         self._outermost = outermost
 
     def add(self, part: Partition, number: int, slots: VariableSlots | None) -> None:
@@ -216,16 +230,15 @@ class FusedUpdates:
         """
         seeded = slots if slots is not None and slots.unseeded is not None else None
         key = keras_internals.variable_key(part.variable)
-        self.parts[key], self._numbers[key] = (part, self._states(number), seeded), number
+        self.included[key] = _Included(part, number, self._states(number), seeded)
 
     def _states(self, number: int) -> list[Variable]:
         return [getattr(self.optimizer, name)[number] for name in self.rule.slots]
 
     def has_slots_of(self, part: Partition) -> bool:
         """Whether the slots of a variable are still those that it was included with."""
-        key = keras_internals.variable_key(part.variable)
-        now = self._states(self._numbers[key])
-        return all(state is old for state, old in zip(now, self.parts[key][1], strict=True))
+        included = self.included[keras_internals.variable_key(part.variable)]
+        return all(now is old for now, old in zip(self._states(included.number), included.states, strict=True))
 
     @property
     def reason_against(self) -> str:
@@ -307,7 +320,7 @@ class FusedStep(keras_internals.UpdateHook):
         self._updated |= {keras_internals.variable_key(variable) for _, variable in grads_and_vars}
         groups: dict[tuple[str, bool, str], _Group] = {}
         for gradient, variable in grads_and_vars:
-            part = self._updates.parts[keras_internals.variable_key(variable)][0]
+            part = self._updates.included[keras_internals.variable_key(variable)].part
             compact = isinstance(part, CompactPartition) and not self._gathers
             key = keras_internals.dtype_name(variable), compact, keras_internals.device_of(variable)
             group = groups.setdefault(key, _Group())
@@ -341,7 +354,8 @@ class FusedStep(keras_internals.UpdateHook):
         seeded: list[tuple[int, Slot]] = []
         for part, whole, gradient in zip(group.parts, group.variables, gradients, strict=True):
             variable = keras_internals.component_beside(whole, group.variables[0], first)
-            _, states, slots = self._updates.parts[keras_internals.variable_key(part.variable)]
+            included = self._updates.included[keras_internals.variable_key(part.variable)]
+            states, slots = included.states, included.seeded
             fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
             if slots is not None:
                 seeded = slots.seeded_among(states)  # the same for all

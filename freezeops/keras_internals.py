@@ -257,9 +257,11 @@ def dtype_name(variable: Variable) -> str:
 
 def base_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
     """The optimizers that update variables, behind any wrappers."""
-    for part in wrapped_optimizers(optimizer):
-        if not hasattr(part, "inner_optimizer") and not is_multi_optimizer(part):
-            yield part
+    return (part for part in wrapped_optimizers(optimizer) if not _wraps(part))
+
+
+def _wraps(optimizer: keras.optimizers.Optimizer) -> bool:
+    return hasattr(optimizer, "inner_optimizer") or is_multi_optimizer(optimizer)
 
 
 def wrapped_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
@@ -366,9 +368,8 @@ def replaced_methods(optimizer: keras.optimizers.Optimizer) -> list[str]:
 
 def unknown_wrappers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     """What wraps an optimizer, of a class that may do more than Keras's own wrappers: write variables, for example."""
-    wrappers = [part for part in wrapped_optimizers(optimizer) if hasattr(part, "inner_optimizer")]
-    wrappers += [part for part in wrapped_optimizers(optimizer) if is_multi_optimizer(part)]
-    return [part for part in wrappers if type(part) not in (keras.optimizers.LossScaleOptimizer, _MULTI_OPTIMIZER)]
+    known = keras.optimizers.LossScaleOptimizer, _MULTI_OPTIMIZER
+    return [part for part in wrapped_optimizers(optimizer) if _wraps(part) and type(part) not in known]
 
 
 def updating_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> AbstractContextManager:

@@ -4,6 +4,8 @@ Usage: python distribute_script.py CASE
 """
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -92,6 +94,44 @@ def case_one_device():
             loss = tf.reduce_sum((model(X) - Y) ** 2) / len(X)
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
     np.testing.assert_allclose(copies(kernel)[0], model.get_layer("body").kernel.numpy(), atol=2e-5)
+
+
+def case_two_threads():
+    """Two threads step at once with one optimizer: what updates for the replicas takes neither step for the other."""
+    mask = np.arange(100) % 2 == 0
+    with strategy.scope():
+        variables = [keras.Variable(np.ones(100, "float32"), name=f"v{i}") for i in range(2)]
+        optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1))
+        for variable in variables:
+            optimizer.register_mask(variable, mask)
+        optimizer.build(variables)
+    first, second_is_done = threading.Event(), threading.Event()
+    in_first = threading.local()
+    clip = keras.optimizers.Adam._clip_gradients
+
+    def clip_slowly(self, gradients):  # so that the second step is made in the middle of the first
+        if getattr(in_first, "yes", False):
+            first.set()
+            assert second_is_done.wait(60)
+        return clip(self, gradients)
+
+    keras.optimizers.Adam._clip_gradients = clip_slowly
+
+    def step(number):
+        def replica_step():
+            in_first.yes = number == 0
+            optimizer.apply([tf.ones(100)], [variables[number]])
+
+        strategy.run(replica_step)
+
+    with ThreadPoolExecutor(1) as pool:
+        of_first = pool.submit(step, 0)
+        assert first.wait(60)
+        step(1)
+        second_is_done.set()
+        of_first.result(60)
+    for variable in variables:
+        check(variable, np.ones(100, "float32"), mask)
 
 
 def case_fit():

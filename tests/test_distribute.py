@@ -15,6 +15,7 @@ CASES = [
     "ema",
     "loss_scale",
     "one_device",
+    "two_threads",
     "unfreeze",
     "outside_of_scope",
     "compact",
