@@ -25,7 +25,7 @@ class FusedUpdateGpuOp : public FusedOp {
     const FusedAttributes& a = attributes_;
     OP_REQUIRES_OK(ctx, CheckNumbers(ctx));
     std::vector<Held> held(a.count());
-    std::vector<Rows> rows(a.count());
+    std::vector<GradientRows> rows(a.count());
     for (int i = 0; i < a.count(); ++i) {
       OP_REQUIRES_OK(ctx, ReadMask(ctx, i, &held[i]));
       OP_REQUIRES(ctx, !a.compact || held[i].indices.dtype() != tensorflow::DT_INT32,
@@ -74,7 +74,7 @@ class FusedUpdateGpuOp : public FusedOp {
 
  private:
   // Sums slices up, in scratch of their size and two numbers for each row of the variable.
-  absl::Status TakeGradient(OpKernelContext* ctx, int i, const Rows& rows, std::vector<Tensor>* scratch,
+  absl::Status TakeGradient(OpKernelContext* ctx, int i, const GradientRows& rows, std::vector<Tensor>* scratch,
                             cuda::FusedVariable* variable) const {
     const FusedAttributes& a = attributes_;
     const Tensor& gradient = ctx->input(a.gradient(i));

@@ -100,10 +100,10 @@ class VariableUpdate {
         seeded_(attributes.NumberIn(attributes.seeded)[i]),
         integers_(IntegersFor(attributes.dtype)) {}
 
-  // Reads all that the update is of.
+  // Reads all that the update is of. Numbers and masks have been checked, see fused_xla.cc.
   absl::Status Read() {
     TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(a_.dtype, &type_));
-    TF_RETURN_IF_ERROR(ReadScalars());
+    ReadScalars();
     TF_RETURN_IF_ERROR(ctx_->ReadVariableInput(a_.variable(i_), a_.dtype, &shape_, &whole_));
     TF_RETURN_IF_ERROR(CheckEntries("variable", shape_, layout_));
     TF_RETURN_IF_ERROR(ReadGradient());
@@ -176,17 +176,10 @@ class VariableUpdate {
   }
 
  private:
-  absl::Status ReadScalars() {
-    TensorShape shape;
-    TF_RETURN_IF_ERROR(GetShape(ctx_, a_.scalars(), &shape));
-    if (shape.dims() != 1 || shape.dim_size(0) != a_.rule->scalars) {
-      return InvalidArgument("scalars must be the ", a_.rule->scalars, " of rule ", a_.rule->name,
-                             ". Received: scalars of shape ", shape.DebugString());
-    }
+  void ReadScalars() {
     for (int i = 0; i < a_.rule->scalars; ++i) {
       scalars_[i].op = xla::Reshape(xla::SliceInDim(ctx_->Input(a_.scalars()), i, i + 1, 1, 0), {});
     }
-    return absl::OkStatus();
   }
 
   // Dense, in the variable's shape.
@@ -200,26 +193,17 @@ class VariableUpdate {
     }
     TensorShape rows;
     TF_RETURN_IF_ERROR(GetShape(ctx_, a_.rows(sparse_), &rows));
-    if (shape.dims() < 1 || rows.dims() != 1 || shape.dim_size(0) != rows.dim_size(0)) {
-      return InvalidArgument("values must have one row for each index. Received: values of shape ", shape.DebugString(),
-                             ", indices of shape ", rows.DebugString());
-    }
-    int64_t width = 1;
-    for (int axis = 1; axis < shape.dims(); ++axis) width *= shape.dim_size(axis);
-    const int64_t height = width > 0 ? entries(layout_) / width : 0;
-    if (height * width != entries(layout_)) {
-      return InvalidArgument("rows must divide the ", entries(layout_), " entries of layout ", LayoutString(layout_),
-                             ". Received: values of shape ", shape.DebugString());
-    }
-    XlaOp values = xla::Reshape(ctx_->Input(a_.gradient(i_)), {rows.dim_size(0), width});
+    GradientRows found = {};
+    TF_RETURN_IF_ERROR(a_.CheckSlices(i_, shape, rows, &found));
+    XlaOp values = xla::Reshape(ctx_->Input(a_.gradient(i_)), {rows.dim_size(0), found.width});
     if (a_.rule->rule == Rule::kSgd) {
       // As Keras: by the learning rate before they are summed.
       values = xla::Mul(values, scalars_[kRate].op);
       scalars_[kRate].op = xla::ScalarLike(scalars_[kRate].op, 1);
     }
     const XlaOp index = ctx_->Input(a_.rows(sparse_));
-    gradient_ = xla::Reshape(SumOfRows(values, index, height, width), shape_.dim_sizes());
-    square_ = xla::Reshape(SumOfRows(xla::Mul(values, values), index, height, width), shape_.dim_sizes());
+    gradient_ = xla::Reshape(SumOfRows(values, index, found.count, found.width), shape_.dim_sizes());
+    square_ = xla::Reshape(SumOfRows(xla::Mul(values, values), index, found.count, found.width), shape_.dim_sizes());
     return absl::OkStatus();
   }
 
@@ -228,7 +212,6 @@ class VariableUpdate {
     if (masked_ >= 0) {
       TensorShape mask_shape;
       TF_RETURN_IF_ERROR(ctx_->ReadVariableInput(a_.mask(masked_), tensorflow::DT_UINT8, &mask_shape, &mask_));
-      TF_RETURN_IF_ERROR(CheckMask(mask_shape, layout_));
     }
     if (!a_.compact) {
       updated_ = shape_;

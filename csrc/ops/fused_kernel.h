@@ -41,12 +41,6 @@ class FusedOp : public tensorflow::OpKernel {
     int64_t unseeded_bytes;
   };
 
-  // Rows of a gradient that is slices.
-  struct Rows {
-    int64_t count;  // of the variable
-    int64_t width;
-  };
-
   absl::Status CheckNumbers(tensorflow::OpKernelContext* ctx) const {
     const FusedAttributes& a = attributes_;
     return a.CheckNumbers(ctx->input(a.scalars()).shape(), ctx->input(a.scales()).shape());
@@ -81,16 +75,11 @@ class FusedOp : public tensorflow::OpKernel {
   static bool HasWideIndices(const Held& held) { return tensorflow::DataTypeSize(held.indices.dtype()) == 8; }
 
   // `rows` is set where the gradient is slices.
-  absl::Status CheckGradient(tensorflow::OpKernelContext* ctx, int i, Rows* rows) const {
-    const tensorflow::Tensor& gradient = ctx->input(attributes_.gradient(i));
-    const MaskLayout& layout = attributes_.layouts[i];
-    if (sparse_[i] < 0) return CheckEntries("gradient", gradient.shape(), layout);
-    TF_RETURN_IF_ERROR(CheckRowPerIndex(gradient.shape(), ctx->input(attributes_.rows(sparse_[i])).shape()));
-    rows->width = RowSize(gradient.shape());
-    rows->count = rows->width > 0 ? entries(layout) / rows->width : 0;
-    if (rows->count * rows->width == entries(layout)) return absl::OkStatus();
-    return InvalidArgument("rows must divide the ", entries(layout), " entries of layout ", LayoutString(layout),
-                           ". Received: values of shape ", gradient.shape().DebugString());
+  absl::Status CheckGradient(tensorflow::OpKernelContext* ctx, int i, GradientRows* rows) const {
+    const FusedAttributes& a = attributes_;
+    const tensorflow::TensorShape& gradient = ctx->input(a.gradient(i)).shape();
+    if (sparse_[i] < 0) return CheckEntries("gradient", gradient, a.layouts[i]);
+    return a.CheckSlices(i, gradient, ctx->input(a.rows(sparse_[i])).shape(), rows);
   }
 
   // Of each variable itself, its slots, its bits of what waits, in this order.

@@ -88,7 +88,7 @@ class FusedUpdateOp : public FusedOp {
  private:
   absl::Status ReadGradient(OpKernelContext* ctx, int i, Slices* slices, FusedVariable* variable) const {
     const Tensor& gradient = ctx->input(attributes_.gradient(i));
-    Rows rows = {};
+    GradientRows rows = {};
     TF_RETURN_IF_ERROR(CheckGradient(ctx, i, &rows));
     if (sparse_[i] < 0) {
       variable->tensor.gradient = gradient.data();

@@ -9,6 +9,7 @@
 
 #include "kernels/fused.h"
 #include "ops/layout_attr.h"
+#include "ops/op_checks.h"
 #include "tensorflow/core/framework/types.h"
 
 namespace freezeops {
@@ -19,6 +20,12 @@ inline const NamedRule* FindRule(const std::string& name) {
   }
   return nullptr;
 }
+
+// Rows of a gradient that is slices.
+struct GradientRows {
+  int64_t count;  // of the variable
+  int64_t width;
+};
 
 // The op's attributes, checked against each other; and where in its flat list of inputs each one is.
 struct FusedAttributes {
@@ -78,6 +85,16 @@ struct FusedAttributes {
   absl::Status CheckUnmasked(int i) const {
     if (layouts[i].kept == 1) return absl::OkStatus();
     return InvalidArgument("layout must be [1, 1, n] without a mask. Received: layout=", LayoutString(layouts[i]));
+  }
+
+  absl::Status CheckSlices(int i, const tensorflow::TensorShape& values, const tensorflow::TensorShape& indices,
+                           GradientRows* rows) const {
+    TF_RETURN_IF_ERROR(CheckRowPerIndex(values, indices));
+    rows->width = RowSize(values);
+    rows->count = rows->width > 0 ? entries(layouts[i]) / rows->width : 0;
+    if (rows->count * rows->width == entries(layouts[i])) return absl::OkStatus();
+    return InvalidArgument("rows must divide the ", entries(layouts[i]), " entries of layout ",
+                           LayoutString(layouts[i]), ". Received: values of shape ", values.DebugString());
   }
 
   static int Size(const std::vector<int64_t>& list) { return static_cast<int>(list.size()); }
