@@ -79,6 +79,10 @@ class CupyArrays:
         memory = self._cupy.empty(size, self._cupy.uint8)
         return memory, memory.data.ptr
 
+    def where(self, flags: Any) -> np.ndarray:
+        """Positions of what is true in a vector."""
+        return self._cupy.asnumpy(self._cupy.flatnonzero(flags))
+
     def free_bytes(self) -> int:
         """How much memory is left."""
         self._cupy.get_default_memory_pool().free_all_blocks()
@@ -113,6 +117,10 @@ class TorchArrays:
         memory = self._torch.empty(size, dtype=self._torch.uint8, device="cuda")
         return memory, memory.data_ptr()
 
+    def where(self, flags: Any) -> np.ndarray:
+        """Positions of what is true in a vector."""
+        return flags.nonzero(as_tuple=True)[0].cpu().numpy()
+
     def free_bytes(self) -> int:
         """How much memory is left."""
         self._torch.cuda.empty_cache()
@@ -133,6 +141,17 @@ class GpuArray:
     def get(self) -> np.ndarray:
         """As for the host; waits for the GPU."""
         return _unguarded(np.asarray(self._to_host(self._memory)), self._like, self._offset)
+
+
+def zero_entries(arrays: "CupyArrays | TorchArrays", memory: Any, count: int) -> np.ndarray:
+    """Which of `count` entries of 16 bits are zero, in bytes of `empty`: looked at on the GPU, some at a time."""
+    most = 2**27
+    return np.concatenate(
+        [
+            begin + arrays.where((memory[2 * begin : 2 * min(begin + most, count)].reshape(-1, 2) == 0).all(1))
+            for begin in range(0, count, most)
+        ]
+    )
 
 
 def gpu_arrays() -> "CupyArrays | TorchArrays":

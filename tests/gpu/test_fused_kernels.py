@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy_twins as twins
 import pytest
+from arrays import zero_entries
 from hypothesis import example, given
 from hypothesis import strategies as st
 from library import FusedVariable
@@ -363,12 +364,7 @@ def test_more_entries_than_31_bits_count(gpu_kernels, layout):
     gpu_kernels.run(
         "fz_fused_update", 0, b"sgd", scalars.pointer, None, 0, none, none, ctypes.byref(variable), int64(1)
     )
-    found = []
-    for begin in range(0, count, 2**27):
-        zero = (values[2 * begin : 2 * min(begin + 2**27, count)].reshape(-1, 2) == 0).all(1)
-        (positions,) = zero.nonzero() if arrays.name == "cupy" else zero.nonzero(as_tuple=True)
-        found.append(begin + np.asarray(positions.get() if arrays.name == "cupy" else positions.cpu()))
-    entries = np.concatenate(found)
+    entries = zero_entries(arrays, values, count)
     assert entries.size == bits.size * outer * inner
     np.testing.assert_array_equal(np.unique(entries // inner % kept), bits)
 

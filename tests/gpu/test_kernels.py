@@ -6,6 +6,7 @@ import os
 import numpy as np
 import numpy_twins as twins
 import pytest
+from arrays import zero_entries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -385,12 +386,7 @@ def test_more_entries_than_31_bits_count(gpu_kernels, layout):
     trainable[frozen_bits] = False
     bits = gpu_kernels.put(np.packbits(trainable, bitorder="little"))
     gpu_kernels.run("fz_zero_frozen", 2, ctypes.c_void_p(pointer), bits.pointer, layout_argument(layout))
-    found = []
-    for begin in range(0, count, 2**27):
-        zero = (values[2 * begin : 2 * min(begin + 2**27, count)].reshape(-1, 2) == 0).all(1)
-        (positions,) = zero.nonzero() if arrays.name == "cupy" else zero.nonzero(as_tuple=True)
-        found.append(begin + np.asarray(positions.get() if arrays.name == "cupy" else positions.cpu()))
-    entries = np.concatenate(found)
+    entries = zero_entries(arrays, values, count)
     assert entries.size == frozen_bits.size * outer * inner
     np.testing.assert_array_equal(np.unique(entries // inner % kept), frozen_bits)
 
