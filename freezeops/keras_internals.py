@@ -388,7 +388,8 @@ def _during_step(
 ) -> Iterator[None]:
     """Puts methods before those of an optimizer, for good; and for a while a hook that they find by `_hook_now`.
 
-    Not for good: another `MaskedOptimizer` may wrap the same optimizer, and people may call it themselves.
+    The hook only for a while, since another `MaskedOptimizer` may wrap the same optimizer, and people may call it
+    themselves.
     """
     if not hasattr(optimizer, name):
         setattr(optimizer, name, Untracked({}))
