@@ -35,9 +35,14 @@ class Kind(NamedTuple):
 
 def write(path: Path, kind: Kind, header: dict[str, Any], content: bytes) -> None:
     """Writes a file; a crash leaves the old one or the new one, never a part of one."""
+    _replace(path, encode(kind, header, content))
+
+
+def encode(kind: Kind, header: dict[str, Any], content: bytes) -> bytes:
+    """What a file of this kind consists of."""
     text = json.dumps({"version": kind.version, **header}).encode()
     body = len(text).to_bytes(8, "little") + text + content
-    _replace(path, kind.magic + hashlib.sha256(body).digest() + body)
+    return kind.magic + hashlib.sha256(body).digest() + body
 
 
 def read(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
@@ -47,7 +52,20 @@ def read(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is truncated, altered, of another kind or another version.
     """
-    data = path.read_bytes()
+    return decode(kind, path.read_bytes(), path)
+
+
+def decode(kind: Kind, data: bytes, path: Path | str) -> tuple[dict[str, Any], bytes]:
+    """The header and the bytes behind it of what `encode` returned.
+
+    Args:
+        kind: The kind of file.
+        data: All of its bytes.
+        path: Where they come from, for messages.
+
+    Raises:
+        ValueError: As `read`.
+    """
     start = len(kind.magic) + 32
     if not data.startswith(kind.magic):
         raise refusal(path, kind, f"it does not begin as a {kind.name} does")
@@ -65,7 +83,7 @@ def read(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
     return header, data[start + 8 + length :]
 
 
-def refusal(path: Path, kind: Kind, what: str) -> ValueError:
+def refusal(path: Path | str, kind: Kind, what: str) -> ValueError:
     """The error for a file that is not read."""
     return ValueError(f"A {kind.name} must be one that `{kind.writer}` wrote, whole. Received: {str(path)!r}: {what}")
 

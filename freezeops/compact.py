@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops, partition, reference, transforms
-from freezeops.keras_internals import Variable, components, numpy_of, variable_path
+from freezeops.keras_internals import Variable, components, variable_path
 from freezeops.layout import Layout, elementwise
 from freezeops.mask import Mask
 from freezeops.partition import MaskedPartition, Plan, fit
@@ -307,18 +307,16 @@ class CompactPartition(MaskedPartition):
         self.index.assign(mask.packed)
         self._pending = False
 
+    @property
+    def pending(self) -> bool:
+        return self._pending
+
     def check_not_pending(self) -> None:
         """Raises where the mask is still to come.
 
         Raises:
             ValueError: If this was made from a config, and nobody has set a mask since.
         """
-        if not self._pending:
-            return
-        with tf.init_scope():
-            # A checkpoint may have set it.
-            indices = numpy_of(self.index.indices)
-            self._pending = bool(indices[0] == pending_index(indices.dtype))
         if self._pending:
             raise ValueError(pending_message(self.path))
 

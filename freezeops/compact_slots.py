@@ -7,10 +7,13 @@ import keras
 import numpy as np
 
 from freezeops import keras_internals, ops
+from freezeops.compact import CompactPartition, inner_shape
 from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.layout import Layout
 from freezeops.mask import Mask
+from freezeops.partition import MaskedPartition
 from freezeops.slots import Slot
+from freezeops.stored import StoredMask
 from freezeops.unfreezing import Policy, VariableSlots
 
 
@@ -107,6 +110,50 @@ def packed_into(values: np.ndarray, entries: np.ndarray | None, shape: tuple[int
     result = np.zeros(int(np.prod(shape, dtype=np.int64)), values.dtype)
     result[: entries.size] = values[entries]
     return result.reshape(shape)
+
+
+def fitted_slot(
+    array: np.ndarray, slot: keras.Variable, part: MaskedPartition, stored: StoredMask | None
+) -> np.ndarray | None:
+    """What a file holds of a slot, as the slot holds it now.
+
+    Full state becomes compact state by taking the trainable entries, compact state of one layout or room that of
+    another, or full state.
+
+    Args:
+        array: From the file.
+        slot: The slot.
+        part: The partition of its variable, with its mask as it is now.
+        stored: The mask in the file; `None`: there is none, and `array` is of full state.
+
+    Returns:
+        An array of the slot's shape; `None` where it does not fit. Entries that the file has not stay as they are.
+    """
+    shape, whole = tuple(slot.shape), tuple(part.variable.shape)
+    compact_now = isinstance(part, CompactPartition) and shape == tuple(part.inner_variable.shape)
+    compact_then = stored is not None and stored.mask is not None and stored.way == "compact"
+    if stored is not None and array.shape != whole and array.shape != shape:
+        compact_then = True  # a file of an older version does not say
+    if not compact_then and not compact_now:
+        return array if array.shape == shape else None
+    same_masks = stored is not None and stored.mask is not None and stored.mask == part.mask
+    if compact_then and compact_now and array.shape == shape and same_masks:
+        return array
+    mine = part.mask.indices() if compact_now else np.arange(part.size)
+    if compact_then:
+        assert stored is not None and stored.mask is not None
+        theirs = stored.mask.indices()
+        if array.shape != inner_shape(part.variable, stored.mask.layout, array.shape[0] if array.ndim else 0):
+            return None
+        if array.size < theirs.size:
+            return None
+        values = unpacked(keras_internals.numpy_of(slot), mine, np.zeros(part.size, array.dtype))
+        values = unpacked(array, theirs, values)
+    else:
+        if array.shape != whole:
+            return None
+        values = array.reshape(-1)
+    return packed_into(values, mine if compact_now else None, shape)
 
 
 class _Left(NamedTuple):

@@ -527,6 +527,32 @@ def loss_scaler_that_builds(
     return None
 
 
+class WeightsFile(NamedTuple):
+    """What Keras loads at the moment.
+
+    Attributes:
+        model: The model; `None` where nothing is loaded, or that cannot be told.
+        skip_mismatch: Whether what does not fit is to be skipped.
+    """
+
+    model: Any = None
+    skip_mismatch: bool = False
+
+
+def weights_being_loaded() -> WeightsFile:
+    """What `load_weights` was called with, if this is called by it.
+
+    Keras hands it to nobody; but it is on the call stack while optimizers load their state.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "load_weights_only" and module.endswith(".saving.saving_lib"):
+            return WeightsFile(frame.f_locals.get("model"), bool(frame.f_locals.get("skip_mismatch", False)))
+        frame = frame.f_back
+    return WeightsFile()
+
+
 def mask_before_loss_scaling(
     scaler: keras.optimizers.LossScaleOptimizer,
     mask: Callable[[Sequence[Any], Sequence[Variable] | None], list[Any]],

@@ -90,6 +90,18 @@ def of_broadcast(array_shape: Sequence[int], shape: Sequence[int]) -> Layout:
     return Layout(math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:]))
 
 
+def of_shape(shape: Sequence[int]) -> list[Layout]:
+    """Every layout that a mask of a tensor may have: one bit for each index of some neighbouring axes."""
+    rank = len(shape)
+    found = [Layout(1, math.prod(shape), 1)]
+    for first in range(rank):
+        for last in range(first, rank + 1):
+            each = Layout(math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:]))
+            if each not in found:
+                found.append(each)
+    return found
+
+
 def common(a: Layout, b: Layout) -> Layout:
     """The smallest layout offered here that holds every mask of either layout.
 

@@ -3,14 +3,15 @@
 Read in tf_keras 2.21.0: `optimizers/optimizer.py` and `mixed_precision/loss_scale_optimizer.py`.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from freezeops import keras_internals, masking, rules
+from freezeops.checkpoints import MaskStore
 from freezeops.keras_internals import Variable
 from freezeops.masking import FrozenEntries
 from freezeops.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
@@ -85,8 +86,7 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
         tf_keras.optimizers.Optimizer.__init__(self, name or "MaskedOptimizer", weight_decay=None, jit_compile=False)
         self._inner_optimizer = inner_optimizer
         self._state = masking.State(maskable)
-        # What `tf.train.Checkpoint` saves: by position, as it saves the slots.
-        self._masks = tf.Module()
+        self._masks = MaskStore(lambda: self._stored().to_bytes(), self._take_stored)
         self.register_masks(masks or {})
 
     @property
@@ -130,7 +130,10 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
         index = rules.VariableIndex(list(var_list))
         base = _base_optimizer(self.inner_optimizer)
         inner_built = getattr(base, "_built", False)
-        plans = self._plan(index, inner_built)
+        planned = self._plan(index, inner_built)
+        plans = planned.plans
+        if planned.awaiting and not tf.executing_eagerly():
+            raise ValueError(self._awaiting_message([index.paths[i] for i in planned.awaiting]))
         inner_variables = [
             variable for variable, plan in zip(index.variables, plans, strict=True) if plan.way != "permanent"
         ]
@@ -143,9 +146,9 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
             for position, (variable, plan) in enumerate(zip(index.variables, plans, strict=True))
         ]
         self._state.index = index
-        if self._state.loaded:
-            self._assign_loaded()
         self._state.built = True
+        self._keep_planned(planned)
+        self._warn_of_problems()
 
     def _make_partition(self, variable: tf.Variable, plan: Plan, position: int) -> Partition:
         if plan.way == "permanent":
@@ -156,7 +159,7 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
         path = keras_internals.variable_path(variable).replace("/", "_")
         with tf.distribute.get_strategy().extended.colocate_vars_with(variable):
             bits = keras_internals.state_variable(plan.mask.packed, f"{self.name}_{path}_mask")
-        self._masks._track_trackable(bits, str(position))
+        self._masks.add(str(position), bits)
         return FullPartition(variable, plan.layout, bits)
 
     def _build_once(self, variables: Sequence[tf.Variable]) -> None:
@@ -203,6 +206,8 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
         gradients, variables = _unzip(grads_and_vars)
         if not gradients:
             return self.iterations  # as in tf_keras: nothing to do, and no step counted
+        self._build_once(variables)
+        self._check_stated()
         masked = self.mask_gradients(gradients, variables)
         pairs = [
             (gradient, variable)
@@ -267,27 +272,22 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """The masks, then the inner optimizer's variables."""
-        masks = [part.bits.value for part in self._state.partitions if isinstance(part, FullPartition)]
-        inner = self.inner_optimizer.variables
-        return type(inner)([*masks, *inner])  # tf_keras's list, which can be called as well
+        """The inner optimizer's variables; masks are state of their own."""
+        return self.inner_optimizer.variables
+
+    def _load_bare(self, arrays: list[np.ndarray], skip: bool) -> None:
+        self.inner_optimizer.load_own_variables({str(i): array for i, array in enumerate(arrays)})
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
-        if save_type != "checkpoint" and self._state.partitions:
-            warnings.warn(
-                "tf_keras loads no optimizer state from a SavedModel: the loaded model's optimizer freezes nothing "
-                "until its masks are registered again. To go on training save as '.keras' or with tf.train.Checkpoint.",
-                stacklevel=2,
-            )
         # Not the base class's, which keeps its first answer: the masks may be created after it.
         children = tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
         # What tf_keras makes of an optimizer when it loads a SavedModel has a count of its own and wants it loaded.
         return children if save_type == "checkpoint" else children | {"_iterations": self.iterations}
 
     def get_config(self) -> dict[str, Any]:
-        """The configuration: the inner optimizer, and each variable's way and layout.
+        """The configuration: the inner optimizer, each variable's way and layout, and the rules or masks.
 
-        Holds no mask bits: those are state, and are saved and loaded as such.
+        As `freezeops.MaskedOptimizer.get_config`.
         """
         inner = tf_keras.optimizers.serialize(self.inner_optimizer)
         config = {"name": self.name, "inner_optimizer": inner, "is_legacy_optimizer": False}
@@ -295,15 +295,15 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "MaskedOptimizer":
-        """An optimizer from `get_config`, with the same ways and layouts and no entry frozen yet."""
+        """An optimizer from `get_config`, with the same rules, masks, ways and layouts."""
         config = dict(config)
         config.pop("is_legacy_optimizer", None)
         inner = config.pop("inner_optimizer")
         if isinstance(inner, dict):
             inner = tf_keras.optimizers.deserialize(dict(inner), custom_objects=custom_objects)
-        partitions = config.pop("partitions", {})
+        of_masks: dict[str, Any] = {name: config.pop(name) for name in ("partitions", "rules") if name in config}
         optimizer = cls(inner, **config)
-        optimizer._state.saved = dict(partitions)
+        optimizer._set_config(of_masks)
         return optimizer
 
 

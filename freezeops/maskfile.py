@@ -6,19 +6,18 @@ the packed bits of each mask, in that order, without gaps.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from freezeops import checkedfile
+from freezeops import checkedfile, mask_sources
 from freezeops.layout import Layout
 from freezeops.mask import Mask
 from freezeops.optimizer import MaskedOptimizer
-from freezeops.rules import ExactPath
+from freezeops.stored import BIT_ORDER, POLARITY, Stored, StoredMask
 
 _KIND = checkedfile.Kind(b"freezeops masks\n", 1, "mask file", "save_masks")
-_POLARITY = "1 = trainable"
-_BIT_ORDER = "little"
 
 
 def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
@@ -35,8 +34,8 @@ def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
     """
     masks = optimizer.masks_by_path()
     header = {
-        "polarity": _POLARITY,
-        "bit_order": _BIT_ORDER,
+        "polarity": POLARITY,
+        "bit_order": BIT_ORDER,
         "masks": [
             {"path": name, "shape": list(mask.shape), "layout": list(mask.layout)} for name, mask in masks.items()
         ],
@@ -51,11 +50,13 @@ def load_masks(
 ) -> None:
     """Registers the masks of a file; variables that it does not name keep theirs.
 
-    Masks find their variables by path, whatever the order of the variables is.
+    Masks find their variables by path, whatever the order of the variables is; where no variable has exactly that path,
+    by what Keras's counting means (`dense_3/kernel` for `dense/kernel`).
 
     Args:
         optimizer: A `MaskedOptimizer`, built or not.
-        path: A file that `save_masks` wrote.
+        path: A file that `save_masks` wrote; or a `.keras`, `.weights.h5`, sharded `.weights.json` or `.h5` file, or a
+            `tf.train.Checkpoint` of a model with a `MaskedOptimizer`, of which the masks alone are read.
         rename: Optional mapping from paths in the file to paths of the model.
 
     Raises:
@@ -63,23 +64,38 @@ def load_masks(
         ValueError: If the file is truncated, altered or none of ours; if `rename`
             names a path that is not in it; or if a path or shape does not fit the
             optimizer's variables. Nothing has changed then.
+
+    Example:
+
+    ```python
+    model = keras_hub.models.TextClassifier.from_preset("./saved")  # comes back with an optimizer of its own
+    model.compile(fz.MaskedOptimizer(keras.optimizers.AdamW(1e-4)), loss)
+    fz.load_masks(model.optimizer, "./saved/task.weights.h5")
+    ```
     """
-    masks = _read(Path(path))
+    path = Path(path)
+    layouts: dict[str, Layout] = {}
+    if mask_sources.is_one(path):
+        stored, layouts = mask_sources.read(path)
+    else:
+        stored = Stored([StoredMask(name, mask.shape, mask) for name, mask in _read(path).items()])
+    names = [mask.name for mask in stored.masks]
     rename = dict(rename or {})
-    if unknown := sorted(set(rename) - set(masks)):
+    if unknown := sorted(set(rename) - set(names)):
         raise ValueError(
-            f"`rename` must map paths that are in the file. Received: {unknown}, for a file with {sorted(masks)}"
+            f"`rename` must map paths that are in the file. Received: {unknown}, for a file with {sorted(names)}"
         )
-    renamed = {rename.get(name, name): mask for name, mask in masks.items()}
-    if len(renamed) != len(masks):
+    if len({rename.get(name, name) for name in names}) != len(names):
         raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={rename}")
-    optimizer.register_masks({ExactPath(name): mask for name, mask in renamed.items()})
+    stored.masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
+    stored.variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
+    optimizer._register_stored(stored, {rename.get(name, name): layout for name, layout in layouts.items()})
 
 
 def _read(path: Path) -> dict[str, Mask]:
     """The masks of a file by path, or an error that says what is wrong with it."""
     header, content = checkedfile.read(path, _KIND)
-    if header.get("polarity") != _POLARITY or header.get("bit_order") != _BIT_ORDER:
+    if header.get("polarity") != POLARITY or header.get("bit_order") != BIT_ORDER:
         what = f"its polarity is {header.get('polarity')!r}, its bit order {header.get('bit_order')!r}"
         raise checkedfile.refusal(path, _KIND, what)
     masks = {}

@@ -1,17 +1,19 @@
 """What every kind of `MaskedOptimizer` has: its masks, from the users' calls to the bits and into files."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
-from urllib.parse import quote, unquote
 
 import numpy as np
 import tensorflow as tf
 
-from freezeops import layout, naming, partition, report, rules
+from freezeops import keras_internals, layout, naming, partition, report, rules, rules_config
 from freezeops.keras_internals import Variable, variable_path
 from freezeops.mask import Mask
+from freezeops.notices import warn
 from freezeops.partition import MaskedPartition, Partition
-from freezeops.rules import Rule
+from freezeops.rules import Loaded, Rule
+from freezeops.stored import Stored, StoredMask, find, refusal
 from freezeops.transforms import Gradient
 
 INNER_ARGUMENTS = (
@@ -37,11 +39,72 @@ class State:
     def __init__(self, maskable: Mapping[str, str] | None = None):
         self.maskable = dict(maskable or {})
         self.built = False
-        self.rules: list[Rule] = []
+        self.rules: list[Rule | Loaded] = []
         self.index = rules.VariableIndex([])
         self.partitions: list[Partition] = []
+        # By path: way and layout from the config that this was made from, and whether that holds masks, too.
         self.saved: dict[str, dict[str, Any]] = {}
-        self.loaded: dict[str, np.ndarray] = {}
+        self.config_holds_masks = False
+        # By position: whether a call or a load named the variable last. What neither did states nothing.
+        self.stated: dict[int, str] = {}
+        # Positions of masks that a config left out, and that nobody has stated since.
+        self.awaiting: set[int] = set()
+        # What did not fit in a load with `skip_mismatch` before the build, in words.
+        self.problems: list[str] = []
+
+
+@dataclass
+class Changes:
+    """What calls and loads change.
+
+    Attributes:
+        masks: By position: the new mask, in the variable's layout.
+        waiting: By position: the entries that wait to be seeded, of masks that were loaded.
+        stated: By position: `"call"` or `"load"`.
+        replaced: By path: how many entries a load changed that a call had stated.
+        problems: What does not fit, in words.
+        without_layouts: Whether something was stored before layouts were.
+    """
+
+    masks: dict[int, Mask] = field(default_factory=dict)
+    waiting: dict[int, Mask | None] = field(default_factory=dict)
+    stated: dict[int, str] = field(default_factory=dict)
+    replaced: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    without_layouts: bool = False
+
+    def warn(self) -> None:
+        """Says once what somebody may not expect; before anything is changed, should a warning be an error."""
+        if self.without_layouts:
+            warn(
+                "Masks were loaded that an older version of freezeops stored without their layout; each had one "
+                "reading. Save them again to store it."
+            )
+        if self.replaced:
+            entries = ", ".join(f"{path!r} ({count:,} entries)" for path, count in self.replaced.items())
+            warn(
+                f"A load replaces masks that calls had stated: {entries}. Make these calls after the load if they are "
+                "to count."
+            )
+
+
+@dataclass
+class Planned:
+    """What a build is going to do.
+
+    Attributes:
+        plans: Of each variable.
+        masks: By position: the masks that calls and loads stated.
+        loaded: By position: the masks that were loaded, before later calls.
+        awaiting: Positions of masks that a config left out.
+        changes: What else calls and loads said.
+    """
+
+    plans: list[partition.Plan] = field(default_factory=list)
+    masks: dict[int, Mask] = field(default_factory=dict)
+    loaded: dict[int, Mask] = field(default_factory=dict)
+    awaiting: set[int] = field(default_factory=set)
+    changes: Changes = field(default_factory=Changes)
 
 
 class _Store(Protocol):
@@ -60,7 +123,7 @@ class Masking:
 
     name: str
     _state: State
-    _undo_load: Sequence[tuple[Callable[[Any], None], Any]] = ()
+    _builds_for_load = False
 
     # What the class that takes this in says.
 
@@ -82,9 +145,16 @@ class Masking:
     def _after_load(self) -> None:
         """Called after masks were set from a file or from weights."""
 
-    def _bytes_beside(self, position: int) -> dict[str, tuple[Variable, layout.Layout]]:
-        """Packed bits of a variable that are saved beside its mask, by a word for them."""
-        return {}
+    def _waiting(self, position: int) -> Mask | None:
+        """The entries of a variable that wait to be seeded; `None`: none."""
+        return None
+
+    def _set_waiting(self, position: int, waiting: Mask | None) -> None:
+        """Sets the entries of a variable that wait to be seeded."""
+
+    def _slot_names(self) -> list[tuple[str, list[tuple[str | None, str]]]]:
+        """What the variables of the optimizers inside are, as `Stored.slots` says."""
+        return []
 
     def _update_notes(self) -> list[str] | None:
         """For each variable how it is updated; `None`: not to be shown."""
@@ -234,45 +304,121 @@ class Masking:
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
 
-    def _add(self, *new_rules: Rule) -> None:
+    def _add(self, *new_rules: Rule | Loaded) -> None:
         """Keeps rules for later, or carries them out: wholly or, on an error, not at all."""
         if not self._state.built:
             for rule in new_rules:
-                rules.check_before_build(rule)
+                if isinstance(rule, Rule):
+                    rules.check_before_build(rule)
             self._state.rules += new_rules
             return
-        if not tf.executing_eagerly():
-            raise RuntimeError(
-                "Masks must be changed outside of `tf.function`, for example from a callback. "
-                f"Received: {new_rules[0].action}() while a function is traced"
-            )
-        changes: dict[int, Mask] = {}
+        self._carry_out(self._changes(new_rules))
+
+    def _changes(self, new_rules: Iterable[Rule | Loaded]) -> "Changes":
+        """What calls and loads make of the masks of the built optimizer, with nothing changed yet."""
+        changes = Changes()
+        index, parts = self._state.index, self._state.partitions
         for rule in new_rules:
-            for position in self._state.index.find(rule.target):
-                part = self._state.partitions[position]
+            if isinstance(rule, Loaded):
+                self._load_changes(rule, changes)
+                continue
+            if not tf.executing_eagerly():
+                raise RuntimeError(
+                    "Masks must be changed outside of `tf.function`, for example from a callback. "
+                    f"Received: {rule.action}() while a function is traced"
+                )
+            for position in index.find(rule.target):
+                part = parts[position]
                 if rule.permanent and part.way != "permanent":
                     raise ValueError(
                         "`permanent` must be used before the optimizer is built. Received: "
                         f"permanent=True for {part.path!r}, for which the inner optimizer has slots"
                     )
-                mask = changes.get(position, part.mask)
-                changes[position] = part.fit(rule.apply_to(mask))
-        for position, mask in changes.items():
+                mask = changes.masks.get(position, part.mask)
+                changes.masks[position] = part.fit(rule.apply_to(mask))
+                changes.stated[position] = "call"
+        return changes
+
+    def _load_changes(self, loaded: Loaded, changes: "Changes") -> None:
+        """Adds what a load changes in the built optimizer."""
+        index, parts = self._state.index, self._state.partitions
+        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded))
+        if problems and not loaded.skip:
+            raise refusal(problems, index.named)
+        for position, stored in found.items():
+            part = parts[position]
+            if stored.mask is None or not (stored.stated or part.pending):
+                continue
+            before = changes.masks.get(position)
+            if before is None and not part.pending:
+                before = part.mask
+            try:
+                mask = part.fit(stored.mask)
+            except ValueError as error:
+                if not loaded.skip:
+                    raise
+                problems.append(str(error))
+                continue
+            by_call = changes.stated.get(position, self._state.stated.get(position)) == "call"
+            if by_call and before is not None and not loaded.by_call and mask != before:
+                changes.replaced[part.path] = (mask ^ before).count()
+            changes.masks[position] = mask
+            changes.waiting[position] = stored.waiting
+            if stored.stated:
+                changes.stated[position] = "call" if loaded.by_call else "load"
+        changes.problems += problems
+        changes.without_layouts |= loaded.stored.without_layouts
+
+    def _carry_out(self, changes: "Changes") -> None:
+        """Sets masks that nothing can go wrong with any more."""
+        changes.warn()
+        for position, mask in changes.masks.items():
             self._before_change(position, mask)
             self._state.partitions[position].assign(mask)
-        self._after_change(set(changes))
+        self._after_change(set(changes.masks))
+        self._state.stated |= changes.stated
+        self._state.awaiting -= changes.stated.keys()
+        if changes.waiting:
+            # After all changes of slots: what waits is what waited when it was stored.
+            for position, waiting in changes.waiting.items():
+                self._set_waiting(position, waiting)
+            self._after_load()
+
+    def _register_stored(self, stored: Stored, layouts: Mapping[str, layout.Layout]) -> None:
+        """Registers masks of a file, as by calls: wholly or, on an error, not at all.
+
+        Args:
+            stored: The masks.
+            layouts: Of those that were stored without.
+        """
+        self._add(Loaded(replace(stored, rules=[], slots=[]), by_call=True, layouts=dict(layouts)))
+
+    def _known_layouts(self, loaded: Loaded) -> dict[str, layout.Layout]:
+        """Layouts of masks that were stored without, by the stored name, where a config says them."""
+        saved = self._state.saved.items()
+        return {name: layout.Layout(*each["layout"]) for name, each in saved if "layout" in each} | dict(loaded.layouts)
 
     # Building.
 
-    def _plan(self, index: rules.VariableIndex, inner_built: bool) -> list[partition.Plan]:
+    def _plan(self, index: rules.VariableIndex, inner_built: bool) -> "Planned":
         """What becomes of each variable, with nothing changed yet."""
         maskable = self._by_position(self._state.maskable, index)
-        masks: dict[int, Mask] = {}
+        saved = self._saved_partitions(index)
+        planned = Planned()
+        masks = planned.masks
         permanent: set[int] = set()
         for rule in self._state.rules:
+            if isinstance(rule, Loaded):
+                self._plan_load(rule, index, planned, saved)
+                continue
             for position in index.find(rule.target):
                 variable = index.variables[position]
                 rules.check_maskable_dtype(variable)
+                planned.changes.stated[position] = "call"
+                if rule.entries is rules.LEFT_OUT:
+                    planned.awaiting.add(position)
+                    continue
+                planned.awaiting.discard(position)
                 start = masks.get(position, Mask.trainable(tuple(variable.shape)))
                 masks[position] = rule.apply_to(start)
                 if rule.permanent:
@@ -287,8 +433,84 @@ class Masking:
                 "`permanent` must be used before the inner optimizer is built. Received: "
                 f"permanent=True for {[index.paths[i] for i in sorted(permanent)]}"
             )
-        saved = self._saved_partitions(index)
-        return self._choose(index, masks, permanent, maskable, saved)
+        if self._state.config_holds_masks:
+            # What it has no mask for, nobody stated.
+            for i, each in enumerate(saved):
+                if each is not None and each["way"] == "compact" and i not in planned.awaiting:
+                    masks.setdefault(i, Mask.trainable(tuple(index.variables[i].shape)))
+        for position in planned.awaiting:
+            masks.pop(position, None)
+        planned.plans = self._choose(index, masks, permanent, maskable, saved)
+        planned.changes.warn()
+        return planned
+
+    def _plan_load(
+        self,
+        loaded: Loaded,
+        index: rules.VariableIndex,
+        planned: "Planned",
+        saved: list[dict[str, Any] | None],
+    ) -> None:
+        """Adds a load that came before the build."""
+        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded))
+        if problems and not loaded.skip:
+            raise refusal(problems, index.named)
+        for position, stored in found.items():
+            if not tf.as_dtype(index.variables[position].dtype).is_floating:
+                continue
+            if stored.mask is None:
+                planned.awaiting.add(position)
+                planned.changes.stated[position] = "call"
+                continue
+            if stored.way == "compact" and saved[position] is None:
+                # Room as in the optimizer that stored it: its slots have that shape.
+                saved[position] = {
+                    "way": "compact",
+                    "layout": list(stored.mask.layout),
+                    "capacity": stored.capacity,
+                }
+                planned.masks.setdefault(position, Mask.trainable(stored.shape))
+            if not stored.stated:
+                continue
+            before = planned.masks.get(position)
+            by_call = planned.changes.stated.get(position) == "call" and position not in planned.awaiting
+            if by_call and before is not None and not loaded.by_call and stored.mask != before:
+                planned.changes.replaced[index.paths[position]] = (stored.mask ^ before).count()
+            planned.masks[position] = stored.mask
+            planned.awaiting.discard(position)
+            planned.changes.stated[position] = "call" if loaded.by_call else "load"
+            if not loaded.by_call:
+                planned.loaded[position] = stored.mask
+                planned.changes.waiting[position] = stored.waiting
+        planned.changes.problems += problems
+        planned.changes.without_layouts |= loaded.stored.without_layouts
+
+    def _keep_planned(self, planned: "Planned") -> None:
+        """Notes what was planned, once all is created; problems of loads stay for whoever builds."""
+        self._state.stated = dict(planned.changes.stated)
+        self._state.awaiting = set(planned.awaiting)
+        self._state.problems = list(planned.changes.problems)
+
+    def _warn_of_problems(self) -> None:
+        """Warns of what did not fit when this was built after a load with `skip_mismatch=True`."""
+        if self._builds_for_load:
+            return  # which says it
+        if problems := self._state.problems:
+            self._state.problems = []
+            warn(f"A load did without what does not fit: {'; '.join(problems)}")
+
+    def _check_stated(self) -> None:
+        """Raises where a config left masks out and nobody has stated them since."""
+        if self._state.awaiting:
+            raise ValueError(self._awaiting_message([self._state.index.paths[i] for i in self._state.awaiting]))
+
+    @staticmethod
+    def _awaiting_message(paths: Sequence[str]) -> str:
+        return (
+            "An optimizer that was made from a config must be given the masks that the config left out, by loading a "
+            "file or by `register_mask`, before it trains. Received: no mask yet for "
+            f"{', '.join(map(repr, sorted(paths)))}"
+        )
 
     def _choose(
         self,
@@ -318,11 +540,11 @@ class Masking:
 
     def _saved_partitions(self, index: rules.VariableIndex) -> list[dict[str, Any] | None]:
         """Way and layout of each variable from the config that this was made from, if any."""
-        positions = naming.match(list(self._state.saved), naming.unique(index.paths))
-        if positions is None:
-            return [None] * len(index.paths)
-        saved = list(self._state.saved.values())
-        return [saved[position] for position in positions]
+        found: list[dict[str, Any] | None] = [None] * len(index.paths)
+        saved = list(self._state.saved.items())
+        for i, position in naming.pair([(name, None) for name, _ in saved], index.named).found.items():
+            found[position] = saved[i][1]
+        return found
 
     def _check_built(self, what: str) -> None:
         if not self._state.built:
@@ -337,15 +559,31 @@ class Masking:
     # State.
 
     def _mask_config(self) -> dict[str, Any]:
-        """What a config holds of the masks: each variable's way and layout, no mask bits."""
+        """What a config holds of the masks.
+
+        Before the build the rules; after it each variable's way and layout, and the masks that somebody stated.
+        """
         partitions = dict(self._state.saved)
+        config_rules = self._state.rules
         if self._state.built:
             names = naming.unique(self._state.index.paths)
             partitions = {name: part.get_config() for name, part in zip(names, self._state.partitions, strict=True)}
-        return {"maskable": dict(self._state.maskable), "partitions": partitions}
+            config_rules = [Loaded(self._stored(), by_call=True)] if self._state.stated else []
+        return {
+            "maskable": dict(self._state.maskable),
+            "partitions": partitions,
+            "rules": rules_config.to_config(config_rules),
+        }
+
+    def _set_config(self, config: Mapping[str, Any]) -> None:
+        """Takes what `_mask_config` returned."""
+        self._state.saved = dict(config.get("partitions", {}))
+        # Those of older versions hold ways and layouts alone.
+        self._state.config_holds_masks = "rules" in config
+        self._state.rules += rules_config.from_config(config.get("rules", ()))
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets the values of `variables`, in their order.
+        """Sets the values of `variables`, in their order; masks stay as they are.
 
         Raises:
             ValueError: If the optimizer is not built, or number or shapes differ.
@@ -358,8 +596,9 @@ class Masking:
         variables: list[Any] = self.variables  # type: ignore[attr-defined]
         if len(weights) != len(variables):
             raise ValueError(
-                f"`weights` must have one array per variable of the optimizer, {len(variables)}. "
-                f"Received: {len(weights)} arrays"
+                f"`weights` must have one array per variable of the inner optimizer, {len(variables)}; masks are not "
+                "among them: store those with `fz.save_masks(optimizer, path)`. Received: "
+                f"{len(weights)} arrays"
             )
         for variable, weight in zip(variables, weights, strict=True):
             if tuple(variable.shape) != tuple(np.shape(weight)):
@@ -367,118 +606,146 @@ class Masking:
                     f"`weights` must have the shapes of `variables`. Received: shape "
                     f"{np.shape(weight)} for {variable_path(variable)!r} of shape {tuple(variable.shape)}"
                 )
-            if tf.as_dtype(variable.dtype) == tf.uint8 and np.asarray(weight).dtype != np.uint8:
-                raise ValueError(
-                    "`weights` must have packed masks of dtype uint8 where `variables` has masks. Received: "
-                    f"dtype={np.asarray(weight).dtype} for {variable_path(variable)!r}"
-                )
-        masks = {id(part.bits): part for part in self._masked_partitions()}
         for variable, weight in zip(variables, weights, strict=True):
-            if part := masks.get(id(variable)):
-                part.fit(Mask(tuple(part.variable.shape), part.layout, np.asarray(weight)))
-        for variable, weight in zip(variables, weights, strict=True):
-            if part := masks.get(id(variable)):
-                part.assign(Mask(tuple(part.variable.shape), part.layout, np.asarray(weight)))
-            else:
-                variable.assign(weight)
+            variable.assign(weight)
         self._after_load()
 
-    def save_own_variables(self, store: _Store) -> None:
-        """Saves the masks under their variables' paths; Keras saves the inner optimizer beside.
+    def _stored(self) -> Stored:
+        """What stores hold of this optimizer.
 
         Raises:
-            ValueError: If rules wait for the optimizer to be built: they would be lost.
+            ValueError: If rules wait for the optimizer to be built that name variables by the object.
         """
-        if not self._state.built and self._state.rules:
-            raise ValueError(
-                "The optimizer must be built before its masks can be saved: call "
-                "`optimizer.build(model.trainable_variables)`. Received: rules for "
-                f"{[rule.target for rule in self._state.rules]}, not carried out yet"
-            )
-        for key, packed in self._state.loaded.items():
-            store[key] = packed  # loaded, and not built since
-        for number, (name, kinds) in enumerate(self._named_bytes()):
-            for kind, (bits, _) in kinds.items():
-                packed = bits.numpy()
-                if kind == "mask" or packed.any():
-                    store[f"{kind} {number:06d} {quote(name, safe='')}"] = packed
+        if not self._state.built:
+            waiting = list(self._state.rules)
+            first = Stored()
+            if waiting and isinstance(waiting[0], Loaded) and not waiting[0].by_call:
+                first = waiting[0].stored
+                del waiting[0]
+                if first.without_layouts:
+                    raise ValueError(
+                        "An optimizer that loaded masks of an older version must be built before these can be saved: "
+                        f"call `optimizer.build(model.trainable_variables)`. Received: {self.name!r}, which is not"
+                    )
+            return replace(first, rules=rules_config.to_config(waiting, limit=None))
+        masks = []
+        for position, ((name, shape), part) in enumerate(
+            zip(self._state.index.named, self._state.partitions, strict=True)
+        ):
+            stated = position in self._state.stated
+            if position in self._state.awaiting or part.pending:
+                if stated:
+                    masks.append(StoredMask(name, tuple(shape or ()), None))
+            elif part.way != "unmasked":
+                capacity = part.get_config().get("capacity", 0)
+                waiting_bits = self._waiting(position)
+                masks.append(StoredMask(name, tuple(shape or ()), part.mask, stated, part.way, capacity, waiting_bits))
+        return Stored(list(masks), self._state.index.named, self._slot_names())
+
+    def save_own_variables(self, store: _Store) -> None:
+        """Saves the masks, each with its variable's path, shape and layout; Keras saves the inner optimizer.
+
+        Raises:
+            ValueError: If rules wait for the optimizer to be built that name variables by the object.
+        """
+        for key, value in self._stored().to_entries():
+            store[key] = value
 
     def load_own_variables(self, store: _Store) -> None:
         """Loads the masks; before the optimizer is built, keeps them until it is.
 
-        A file without any mask, of an optimizer that was saved before it was built,
-        changes nothing.
+        Loading counts as a call: where a mask was stored that somebody had stated, it replaces the one that is here.
+        A file without any mask changes nothing.
 
         Raises:
-            ValueError: If the file's masks are not those of this optimizer's
-                variables; no mask was changed then. (Keras has loaded the model's
-                weights before it comes here.)
+            ValueError: If the file's masks are not those of this optimizer's variables; no mask was changed then.
+                (Keras has loaded the model's weights before it comes here.)
         """
-        keys = sorted(store.keys())
-        if strange := [key for key in keys if not key.startswith(("mask ", "unseeded "))]:
-            raise ValueError(
-                f"The state in a file must be that of a MaskedOptimizer. Received: {strange}, which are no masks"
-            )
-        if not keys:
-            return
-        self._state.loaded = {key: np.array(store[key]) for key in keys}
-        if self._state.built:
-            self._assign_loaded()
+        entries = {key: np.array(store[key]) for key in store.keys()}  # noqa: SIM118
+        if entries:
+            self._load(entries)
 
-    def _assign_loaded(self) -> None:
-        """Sets the masks that were loaded: all of them or, on an error, none."""
-        loaded = self._state.loaded
-        if self._state.built:
-            self._state.loaded = {}  # a file that is refused; before, it would wait for the next attempt to build
-        saved: dict[str, dict[str, np.ndarray]] = {"mask": {}, "unseeded": {}}
-        for key, packed in loaded.items():
-            kind, _, name = key.split(" ", 2)
-            saved[kind][unquote(name)] = packed
-        own = self._named_bytes()
-        positions = naming.match(list(saved["mask"]), [name for name, _ in own])
-        if positions is None:
-            raise ValueError(
-                "The masks in a file must be those of the optimizer's variables. Received: "
-                f"{list(saved['mask'])}, for an optimizer with {[name for name, _ in own]}"
-            )
-        changes: list[tuple[Callable[[Any], None], Any]] = []
-        undo: list[tuple[Callable[[Any], None], Any]] = []
-        for part, (name, kinds), position in zip(self._masked_partitions(), own, positions, strict=True):
-            saved_name = list(saved["mask"])[position]
-            for kind, (bits, bits_layout) in kinds.items():
-                packed = saved[kind].get(saved_name, np.zeros(bits_layout.packed_bytes, np.uint8))
-                _check_packed(name, packed, bits_layout)
-                if kind == "mask":
-                    mask = Mask(tuple(part.variable.shape), bits_layout, packed)
-                    changes.append((part.assign, part.fit(mask)))
-                else:
-                    changes.append((bits.assign, packed))
-                if self._state.built:
-                    undo.append((part.assign, part.mask) if kind == "mask" else (bits.assign, bits.numpy()))
-        self._undo_load = undo
-        for assign, value in changes:
-            assign(value)
-        self._state.loaded = {}
-        self._after_load()
+    def _load(self, entries: Mapping[str, np.ndarray]) -> None:
+        """Loads what a Keras file holds, of a `MaskedOptimizer` or of a bare optimizer."""
+        file = keras_internals.weights_being_loaded()
+        skip, bare = file.skip_mismatch, all(key.isdigit() for key in entries)
+        try:
+            stored = Stored() if bare else Stored.from_entries(entries)
+            if not self._state.built and self._builds_to_load(stored, file.model):
+                problems = self._build_to_load(stored, skip, file.model)
+                self._begin_load(stored, skip)
+            else:
+                self._begin_load(stored, skip)
+                problems = self._take_stored(stored, skip)
+        except BaseException:
+            self._refuse_load()
+            raise
+        if bare:
+            self._load_bare([entries[str(i)] for i in range(len(entries))], skip)
+        if problems:
+            raise refusal(problems, self._state.index.named)
 
-    def _undo_loaded(self) -> None:
-        """Takes the masks of a file back, of which another part was refused."""
-        for assign, value in self._undo_load:
-            assign(value)
-        self._undo_load = []
+    def _begin_load(self, stored: Stored, skip: bool) -> None:
+        """Called before masks of a file are set, or after the optimizer was built with them; Keras loads the state of
+        the optimizers inside next.
+        """
+
+    def _refuse_load(self) -> None:
+        """Called where masks of a file do not fit."""
+
+    def _load_bare(self, arrays: list[np.ndarray], skip: bool) -> None:
+        """Loads the state of an optimizer that nobody wrapped."""
+        raise NotImplementedError
+
+    def _waits_to_load(self, stored: Stored) -> bool:
+        """Whether a load waits until somebody builds the optimizer."""
+        return False
+
+    def _builds_to_load(self, stored: Stored, model: Any) -> bool:
+        """Whether a load builds the optimizer first, so that what does not fit is known at once."""
+        if model is None or not getattr(model, "built", False) or self._waits_to_load(stored):
+            return False
+        return any(part is self for part in keras_internals.wrapped_optimizers(model.optimizer))
+
+    def _build_to_load(self, stored: Stored, skip: bool, model: Any) -> list[str]:
+        """Builds the optimizer with masks that are loaded. Returns what did not fit, in words."""
+        before = list(self._state.rules)
+        self._take_stored(stored, skip)
+        self._builds_for_load = True
+        try:
+            model.optimizer.build(model.trainable_variables)
+        except BaseException:
+            if not self._state.built:
+                self._state.rules = before
+            raise
+        finally:
+            self._builds_for_load = False
+        problems, self._state.problems = self._state.problems, []
+        return problems
+
+    def _take_stored(self, stored: Stored, skip: bool = False) -> list[str]:
+        """Takes what a store holds: at once or, before the build, as a rule; wholly or, on an error, not at all.
+
+        Args:
+            stored: What it holds.
+            skip: Whether to do without what does not fit.
+
+        Returns:
+            What did not fit, in words.
+        """
+        items: list[Rule | Loaded] = [Loaded(stored, skip)] if stored.masks else []
+        items += rules_config.from_config(stored.rules)
+        if not self._state.built:
+            self._state.rules += items
+            return []
+        changes = self._changes(items)
+        problems, changes.problems = changes.problems, []
+        self._carry_out(changes)
+        return problems
 
     def _masked_partitions(self) -> list[MaskedPartition]:
         """The partitions of variables that have a mask of their own."""
         return [part for part in self._state.partitions if isinstance(part, MaskedPartition)]
-
-    def _named_bytes(self) -> list[tuple[str, dict[str, tuple[Variable, layout.Layout]]]]:
-        """The packed bits of each variable that has any, with the variable's name."""
-        names = naming.unique(self._state.index.paths)
-        return [
-            (name, {"mask": (part.bits, part.layout)} | self._bytes_beside(position))
-            for position, (name, part) in enumerate(zip(names, self._state.partitions, strict=True))
-            if isinstance(part, MaskedPartition)
-        ]
 
 
 class FrozenEntries:
@@ -522,14 +789,6 @@ class FrozenEntries:
         if error is None:
             for part, average in self._averages:
                 part.put_into_average(average)
-
-
-def _check_packed(name: str, packed: np.ndarray, mask_layout: layout.Layout) -> None:
-    if packed.dtype != np.uint8 or packed.shape != (mask_layout.packed_bytes,):
-        raise ValueError(
-            f"The mask of {name!r} must be {mask_layout.packed_bytes} bytes for layout {tuple(mask_layout)}. "
-            f"Received: an array of dtype={packed.dtype}, shape={packed.shape}"
-        )
 
 
 def check_lengths(gradients: Sequence[Any], variables: Sequence[Any]) -> None:

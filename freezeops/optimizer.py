@@ -1,8 +1,9 @@
 """`MaskedOptimizer`: freezes entries around any Keras optimizer."""
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -10,17 +11,40 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import compact, fused, inner_state, keras_internals, layout, masking, ops, partition, rules, unfreezing
+from freezeops import (
+    compact,
+    fused,
+    inner_state,
+    keras_internals,
+    layout,
+    masking,
+    naming,
+    ops,
+    partition,
+    rules,
+    rules_config,
+    unfreezing,
+)
+from freezeops.checkpoints import MaskStore
 from freezeops.compact import Capacity, CompactPartition, TrainableIndex
-from freezeops.compact_slots import CompactSlots, EntryState, entry_states, packed_into, positions_of, unpacked
+from freezeops.compact_slots import (
+    CompactSlots,
+    EntryState,
+    entry_states,
+    fitted_slot,
+    packed_into,
+    positions_of,
+    unpacked,
+)
 from freezeops.elementwise import check_elementwise
 from freezeops.fused import FusedStep, FusedUpdates
 from freezeops.keras_internals import SlotRecord, Variable
-from freezeops.layout import Layout
 from freezeops.mask import Mask
 from freezeops.masking import FrozenEntries
 from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
+from freezeops.rules import Loaded
 from freezeops.slots import slots_of
+from freezeops.stored import Stored, find
 from freezeops.transforms import Gradient
 from freezeops.unfreezing import Seeding, VariableSlots
 
@@ -136,14 +160,13 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         for part in keras_internals.wrapped_optimizers(inner_optimizer):
-            inner_state.store_once_and_check(part, self._undo_loaded)
+            inner_state.store_once_and_check(part)
         inner_state.store_scalers_around(MaskedOptimizer)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._fused = fused
         self._state: _State = _State(maskable, capacity)
-        # What `tf.train.Checkpoint` saves: by position, as it saves the slots.
-        self._masks = tf.Module()
+        self._masks = MaskStore(self._checkpointed, self._restored)
         self.register_masks(masks or {})
 
     # Masks.
@@ -174,11 +197,37 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             if (position := self._state.index.find_position(variable)) is not None:
                 yield self._state.partitions[position], average
 
-    def _bytes_beside(self, position: int) -> dict[str, tuple[Variable, Layout]]:
-        slots = self._state.slots.get(position)
+    def _waiting(self, position: int) -> Mask | None:
+        slots, part = self._state.slots.get(position), self._state.partitions[position]
         if slots is None or slots.unseeded is None:
-            return {}
-        return {"unseeded": (slots.unseeded, layout.elementwise(tuple(slots.variable.shape)))}
+            return None
+        flags = slots.waiting().reshape(-1)
+        if isinstance(part, CompactPartition):
+            flags = unpacked(flags, part.mask.indices(), np.zeros(part.size, bool))
+        return Mask.from_array(flags.reshape(tuple(part.variable.shape))) if flags.any() else None
+
+    def _set_waiting(self, position: int, waiting: Mask | None) -> None:
+        slots, part = self._state.slots.get(position), self._state.partitions[position]
+        if slots is None or slots.unseeded is None:
+            return
+        flags = np.zeros(part.size, bool) if waiting is None else (waiting & part.mask).to_numpy().reshape(-1)
+        entries = part.mask.indices() if isinstance(part, CompactPartition) else None
+        slots.unseeded.assign(ops.pack_bits(packed_into(flags, entries, tuple(slots.variable.shape))))
+
+    def _slot_names(self) -> list[tuple[str, list[tuple[str | None, str]]]]:
+        names = [name for name, _ in self._state.index.named]
+        return [
+            (type(part).__name__, [(None if i is None else names[i], name) for i, name in own])
+            for part, own in self._own_names()
+        ]
+
+    def _own_names(self) -> Iterator[tuple[keras.optimizers.Optimizer, list[inner_state.SlotName]]]:
+        """Each optimizer inside, with the names of its own variables."""
+        positions = {
+            id(record.slot): position for position, records in self._state.records.items() for record in records
+        }
+        for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
+            yield part, inner_state.names_of(part, self._state.index.paths, positions)
 
     # Building.
 
@@ -196,44 +245,82 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             keras_internals.mask_before_loss_scaling(scaler, self._mask_for_scaler)
             with tf.init_scope():
                 inner_state.assign_waiting(scaler)
-        if self.built:
-            return
-        keras_internals.check_strategy(tf.distribute.get_strategy())
         variables = list(variables)
+        if self.built or not variables:
+            return  # a model from an .h5 file builds its optimizer with no variables first
+        keras_internals.check_strategy(tf.distribute.get_strategy())
         index = rules.VariableIndex(variables)
-        plans = self._plan(index, self.inner_optimizer.built)
+        planned = self._plan(index, self.inner_optimizer.built)
+        plans = planned.plans
         if self.inner_optimizer.built and any(plan.way == "compact" for plan in plans):
             raise ValueError(
                 "`inner_optimizer` must not be built before it is wrapped for state='compact': its slots have the "
                 f"shapes of whole variables. Received: inner_optimizer={self.inner_optimizer!r}, which is built"
             )
-        if not tf.executing_eagerly() and not self._state.loaded:
-            for variable, plan in zip(variables, plans, strict=True):
-                if plan.pending:
-                    # Now, and not in `take`: a `tf.function` whose first trace fails after variables were created does
-                    # nothing when it is called again (seen in TensorFlow 2.21).
-                    raise ValueError(compact.pending_message(keras_internals.variable_path(variable)))
+        if not tf.executing_eagerly():
+            pending = {variable: plan.pending for variable, plan in zip(index.paths, plans, strict=True)}
+            awaiting = [path for i, path in enumerate(index.paths) if pending[path] or i in planned.awaiting]
+            if awaiting:
+                # Now, and not in `take`: a `tf.function` whose first trace fails after variables were created does
+                # nothing when it is called again (seen in TensorFlow 2.21).
+                raise ValueError(self._awaiting_message(awaiting))
         try:
             self._state.index = index
-            # Compact variables are filled at once, also where this is called as a function is traced.
-            with tf.init_scope() if self.state == "compact" else nullcontext():
+            # Compact variables are filled at once, and so is what was loaded, also where a function is traced.
+            with tf.init_scope() if self.state == "compact" or self._is_waiting(planned) else nullcontext():
                 self._make_partitions(variables, plans)
                 self._find_slots()
                 self._find_fused()
-            with tf.init_scope():
-                for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
-                    inner_state.assign_waiting(part)
-                if self._state.loaded:
-                    self._assign_loaded()
         except BaseException:
             # The next attempt begins anew.
             self._state.partitions, self._state.slots = [], {}
             self._state.records, self._state.seedings, self._state.updates = {}, {}, {}
-            self._masks = tf.Module()
+            self._masks.clear()
             raise
         keras.optimizers.Optimizer.build(self, variables)
         self._state.built = True
+        self._keep_planned(planned)
         keras_internals.guard_swaps(_guard_of)
+        if self._is_waiting(planned):
+            with tf.init_scope():
+                self._assign_waiting(planned)
+        self._warn_of_problems()
+
+    def _is_waiting(self, planned: masking.Planned) -> bool:
+        """Whether something was loaded before the build."""
+        parts = keras_internals.wrapped_optimizers(self.inner_optimizer)
+        return bool(planned.loaded) or any(map(inner_state.is_waiting, parts))
+
+    def _assign_waiting(self, planned: masking.Planned) -> None:
+        """Sets what was loaded before the build: the optimizers' state, then what waits to be seeded.
+
+        The optimizer is built by then and can go on: what does not fit is forgotten.
+
+        Raises:
+            ValueError: If something does not fit.
+        """
+        loads = [rule.stored for rule in self._state.rules if isinstance(rule, Loaded) and rule.stored.slots]
+        load = self._new_load(loads[-1] if loads else Stored(), False)
+        for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
+            inner_state.assign_waiting(part, load)
+        for position, waiting in planned.changes.waiting.items():
+            self._set_waiting(position, waiting)
+        for position, loaded in planned.loaded.items():
+            self._change_since_load(position, loaded)
+
+    def _change_since_load(self, position: int, loaded: Mask) -> None:
+        """Carries the policy out for entries that calls unfroze after a load, before the build."""
+        slots, part = self._state.slots.get(position), self._state.partitions[position]
+        newly = part.mask & ~loaded
+        if slots is None or not newly.count():
+            return
+        if isinstance(part, CompactPartition):
+            optimizer, _ = self._states_of(position)
+            if optimizer is not None and keras_internals.step_count(optimizer):
+                waiting = self._waiting(position)
+                self._set_waiting(position, newly if waiting is None else waiting | newly)
+        elif isinstance(part, FullPartition):
+            slots.change(loaded & part.mask, part.mask, part.layout)
 
     def _make_partitions(self, variables: Sequence[Variable], plans: Sequence[partition.Plan]) -> None:
         """Creates the masks and builds the inner optimizer, unless it is built."""
@@ -298,7 +385,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         with keras.name_scope(self.name), self._beside(variable):
             path = keras_internals.variable_path(variable).replace("/", "_")
             state = keras_internals.state_variable(values, f"{path}_{what}")
-        self._masks._track_trackable(state, key, overwrite=True)
+        self._masks.add(key, state)
         return state
 
     def _choose(
@@ -605,6 +692,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         variables = list(trainable_variables)
         masking.check_lengths(grads, variables)
         self._build_once(variables)
+        self._check_stated()
         with keras.name_scope(self.name), tf.control_dependencies(self._masks_in_use()):
             pairs: list[tuple[Gradient | None, Variable]] = []
             remembered: dict[int, Any] = {}
@@ -752,15 +840,111 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The masks, which entries wait to be seeded, then the inner optimizer's variables."""
-        bits = [part.bits for part in self._masked_partitions()]
-        unseeded = [slots.unseeded for slots in self._state.slots.values() if slots.unseeded is not None]
-        return bits + unseeded + self.inner_optimizer.variables
+        """The inner optimizer's variables; masks are state of their own."""
+        return self.inner_optimizer.variables
+
+    def _checkpointed(self) -> bytes:
+        """What `tf.train.Checkpoint` saves beside variables."""
+        return self._stored().to_bytes()
+
+    def _restored(self, stored: Stored) -> None:
+        """Takes masks from a checkpoint, before TensorFlow restores the slots.
+
+        Raises:
+            ValueError: If they do not fit. Nothing has changed then.
+        """
+        if self._state.built:
+            found, _ = find(stored, self._state.index.named)
+            for position, mask in found.items():
+                part = self._state.partitions[position]
+                here = part.get_config() if isinstance(part, CompactPartition) else {}
+                if mask.mask is not None and (mask.way == "compact" or here):
+                    there: dict[str, Any] = {"way": mask.way, "layout": list(mask.mask.layout)}
+                    if mask.way == "compact":
+                        there["capacity"] = mask.capacity
+                    if there != here:
+                        raise ValueError(
+                            "A checkpoint of compact state must be restored into an optimizer with the same layout "
+                            f"and room for each variable. Received: {there} for {part.path!r}, which is "
+                            f"{here or part.get_config()}. Restore it before the optimizer is built, which then takes "
+                            "both from the checkpoint, or load a `.weights.h5` file, whose slots are converted"
+                        )
+        self._take_stored(stored)
+
+    def _new_load(self, stored: Stored, skip: bool) -> inner_state.Load:
+        """How the state of the optimizers inside is found in what a file holds; built."""
+        found, _ = find(stored, self._state.index.named, self._known_layouts(Loaded(stored)))
+        # Shapes do not count: a slot that does not fit is told from one of no variable.
+        pairs = naming.pair([(name, None) for name, _ in stored.variables], self._state.index.named)
+        positions = {name: pairs.found.get(i, -1) for i, (name, _) in enumerate(stored.variables)}
+        own, saved = {}, {}
+        for number, (part, names) in enumerate(self._own_names()):
+            own[id(part)] = names
+            if number < len(stored.slots) and stored.slots[number][0] == type(part).__name__:
+                saved[id(part)] = [
+                    (None if name is None else positions.get(name, -1), slot) for name, slot in stored.slots[number][1]
+                ]
+
+        def fit(array: np.ndarray, slot: keras.Variable, position: int | None) -> np.ndarray | None:
+            if position is None or not isinstance(part := self._state.partitions[position], MaskedPartition):
+                return array if array.shape == tuple(slot.shape) else None
+            return fitted_slot(array, slot, part, found.get(position))
+
+        return inner_state.Load(skip, own, saved, fit)
+
+    def _begin_load(self, stored: Stored, skip: bool) -> None:
+        load = inner_state.Load(skip)
+        if self._state.built:
+            load = self._new_load(stored, skip)
+            load.undo = self._undo_of(stored, skip)
+        inner_state.begin(load, self.inner_optimizer)
+
+    def _refuse_load(self) -> None:
+        inner_state.begin(inner_state.Load(False, refused=True), self.inner_optimizer)
+
+    def _load_bare(self, arrays: list[np.ndarray], skip: bool) -> None:
+        inner_state.load_bare(self.inner_optimizer, arrays)
+
+    def _waits_to_load(self, stored: Stored) -> bool:
+        # With compact state all variables would have full state while nothing says what is frozen.
+        return self.state == "compact" and not stored.masks and not self._state.rules
+
+    def _undo_of(self, stored: Stored, skip: bool) -> list[Callable[[], None]]:
+        """What takes a load back: calls that set everything that it may change to what it is now."""
+        undo: list[Callable[[], None]] = []
+        changes = self._changes([Loaded(stored, skip), *rules_config.from_config(stored.rules)])
+        stated, awaiting = dict(self._state.stated), set(self._state.awaiting)
+
+        def set_back(part: MaskedPartition, mask: Mask, values: list[tuple[Any, np.ndarray]]) -> None:
+            part.assign(mask)
+            for variable, value in values:
+                variable.assign(value)
+
+        def note_back() -> None:
+            self._state.stated, self._state.awaiting = stated, awaiting
+            self._after_load()
+
+        for position in changes.masks:
+            part = self._state.partitions[position]
+            if isinstance(part, MaskedPartition) and not part.pending:
+                slots = self._state.slots.get(position)
+                kept = [record.slot for record in self._state.records.get(position, [])]
+                if slots is not None:
+                    kept += [state for _, state in slots.resettable if not any(state is each for each in kept)]
+                    kept += [slots.unseeded] if slots.unseeded is not None else []
+                values = [(variable, keras_internals.numpy_of(variable)) for variable in kept]
+                undo.append(functools.partial(set_back, part, part.mask, values))
+        return [note_back, *undo]
 
     def get_config(self) -> dict[str, Any]:
-        """The configuration: the inner optimizer, and each variable's way and layout.
+        """The configuration: the inner optimizer, each variable's way and layout, and the masks.
 
-        Holds no mask bits: those are state, and are saved and loaded as such.
+        Before the optimizer is built it holds the rules, afterwards the masks that somebody stated, by path; of both as
+        many as take 1 MB compressed. An optimizer that is made from a config without some of its masks trains only
+        once these were loaded or registered.
+
+        Raises:
+            ValueError: Before the build, if a rule names a variable or a layer by the object: use its path.
         """
         config = {
             "name": self.name,
@@ -774,15 +958,15 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "MaskedOptimizer":
-        """An optimizer from `get_config`, with the same ways and layouts.
+        """An optimizer from `get_config`, with the same rules, masks, ways and layouts.
 
-        No entry is frozen yet; variables with compact state must be given their masks before it trains.
+        Masks that the config left out must be loaded or registered before it trains.
         """
         config = dict(config)
         inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
-        partitions = config.pop("partitions", {})
+        of_masks: dict[str, Any] = {name: config.pop(name) for name in ("partitions", "rules") if name in config}
         optimizer = cls(inner, **config)
-        optimizer._state.saved = dict(partitions)
+        optimizer._set_config(of_masks)
         return optimizer
 
 

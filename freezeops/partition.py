@@ -68,7 +68,7 @@ def choose(
     Raises:
         ValueError: If the mask needs more than can be set aside.
     """
-    if permanent or (saved is not None and saved["way"] == "permanent" and mask is None):
+    if permanent or (saved is not None and saved["way"] == "permanent" and (mask is None or not mask.count())):
         return Plan("permanent")
     dtype = dtype_name(variable)
     if dtype not in ops.FLOAT_DTYPES:
@@ -207,6 +207,11 @@ class Partition(ABC):
 
     def assign(self, mask: Mask) -> None:
         """Sets a mask that `fit` returned; no retracing."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether the mask is still to come, from a file."""
+        return False
 
     @property
     def mask_bytes(self) -> int:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from freezeops.keras_internals import is_variable, variable_path
 from freezeops.partition import Partition
-from freezeops.rules import ExactPath, Rule
+from freezeops.rules import ExactPath, Loaded, Rule
 
 
 def print_summary(
@@ -68,7 +68,7 @@ def _beside_slots(partitions: Sequence[Partition]) -> str:
     return "Bytes beside slots: " + ", ".join(f"{what} {size:,}" for what, size in total.items()) if total else ""
 
 
-def print_rules(name: str, rules: Sequence[Rule], console: Console | None) -> None:
+def print_rules(name: str, rules: Sequence[Rule | Loaded], console: Console | None) -> None:
     """Prints the rules that wait for the optimizer to be built.
 
     Args:
@@ -81,6 +81,9 @@ def print_rules(name: str, rules: Sequence[Rule], console: Console | None) -> No
     table.add_column("target", overflow="fold")
     table.add_column("entries")
     for rule in rules:
+        if isinstance(rule, Loaded):
+            table.add_row("load", ", ".join(repr(mask.name) for mask in rule.stored.masks), "masks")
+            continue
         targets = ", ".join(_target_name(part) for part in rule.target)
         entries = "all" if rule.entries is None else type(rule.entries).__name__
         table.add_row(rule.action + (" permanent" if rule.permanent else ""), targets, entries)

@@ -8,8 +8,8 @@ variables are known; later ones are carried out at once.
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +22,10 @@ from freezeops.keras_internals import (
     variable_key,
     variable_path,
 )
-from freezeops.layout import Shape
+from freezeops.layout import Layout, Shape
 from freezeops.mask import Mask, check_broadcast, check_indices
+from freezeops.naming import Named, unique
+from freezeops.stored import Stored, find
 
 Action = Literal["register_mask", "freeze", "unfreeze", "train_only"]
 
@@ -33,6 +35,17 @@ class ExactPath:
     """A target: the one variable of this whole path."""
 
     path: str
+
+
+class _LeftOut:
+    """Stands for entries that a config left out."""
+
+    def __repr__(self) -> str:
+        return "LEFT_OUT"
+
+
+LEFT_OUT = _LeftOut()
+"""Entries of a rule from a config that had no room for them: somebody has to state them before training."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,23 @@ class Rule:
         if self.action == "unfreeze":
             return mask | entries
         return entries
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A load before the optimizer is built, which counts as a call: the masks that it brought, by path.
+
+    Attributes:
+        stored: What was loaded.
+        skip: Whether to do without what does not fit, with a warning.
+        by_call: Whether somebody stated these masks, by a config or `load_masks`; otherwise a file did.
+        layouts: Of masks that were stored without, by path, where they are known.
+    """
+
+    stored: Stored
+    skip: bool = False
+    by_call: bool = False
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 def named_entries(where: Any, shape: Shape) -> Mask:
@@ -145,7 +175,7 @@ def _without_ellipsis(index: tuple, rank: int) -> tuple:
 
 
 def _copied(entries: Any) -> Any:
-    if entries is None or entries is Ellipsis or isinstance(entries, Mask | slice):
+    if entries is None or entries is Ellipsis or isinstance(entries, Mask | slice | _LeftOut):
         return entries
     if isinstance(entries, tuple):
         return tuple(_copied(part) for part in entries)
@@ -216,6 +246,12 @@ class VariableIndex:
         self.variables = list(variables)
         self.paths = [variable_path(variable) for variable in self.variables]
         self._positions = {variable_key(v): i for i, v in enumerate(self.variables)}
+
+    @property
+    def named(self) -> list[Named]:
+        """Unique paths and shapes, as stores name variables."""
+        shapes = (tuple(variable.shape) for variable in self.variables)
+        return list(zip(unique(self.paths), shapes, strict=True))
 
     def find_position(self, variable: Variable) -> int | None:
         """Position of a variable, `None` where the optimizer does not know it."""
@@ -327,13 +363,19 @@ def layer_variables(layer: Any) -> list[Variable]:
     return variables
 
 
-def mask_before_build(variable: Variable, rules: Sequence[Rule]) -> Mask:
+def mask_before_build(variable: Variable, rules: Sequence[Rule | Loaded]) -> Mask:
     """What the rules so far make of one variable, their patterns matched against it alone."""
     _check_is_variable(variable)
     mask = Mask.trainable(variable.shape)
     key, path = variable_key(variable), variable_path(variable)
     for rule in rules:
-        if any(_names(part, key, path) for part in rule.target):
+        if isinstance(rule, Loaded):
+            found, _ = find(rule.stored, [(path, tuple(variable.shape))])
+            if 0 in found and found[0].stated and found[0].mask is not None:
+                mask = found[0].mask
+        elif rule.entries is LEFT_OUT:
+            continue
+        elif any(_names(part, key, path) for part in rule.target):
             mask = rule.apply_to(mask)
     return mask
 

@@ -54,6 +54,7 @@ class VariableSlots:
     Attributes:
         materialized: Whether gradients are in memory before the optimizer's loops.
         unseeded: The bits; `None` where nothing is seeded.
+        resettable: The slots that do not stand for weights.
     """
 
     materialized = False
@@ -68,7 +69,7 @@ class VariableSlots:
         self.variable = variable
         self._optimizer = optimizer
         self._policy = policy
-        self._resettable = [(slot, state) for slot, state in slots if slot.role != "weight"]
+        self.resettable = [(slot, state) for slot, state in slots if slot.role != "weight"]
         # A second moment comes first: by it `ops.seed_slots` sees what has been seeded.
         second = [(slot, state) for slot, state in slots if slot.role == "second_moment"]
         first = [(slot, state) for slot, state in slots if slot.role == "first_moment" and slot.scale]
@@ -110,7 +111,7 @@ class VariableSlots:
         if not steps or not newly.count() or self._policy == "keep":
             return  # Before the first step every slot is as in a new optimizer.
         keep = tf.constant((~newly).with_layout(mask_layout).packed)
-        for slot, state in self._resettable:
+        for slot, state in self.resettable:
             for component in keras_internals.components(state):
                 if slot.initial is None:
                     own = keras_internals.component_beside(self.variable, state, component)

@@ -617,7 +617,7 @@ def test_config():
     assert type(again.inner_optimizer) is _O.AdamW and again.inner_optimizer.use_ema
     again.build(model.trainable_variables)
     assert again.get_config() == config
-    assert again.mask_for(kernel_of(model)).density == 1.0
+    assert again.mask_for(kernel_of(model)) == fz.Mask.from_array(MASK)
     assert again.mask_for(model.get_layer("body").bias).density == 0.0  # permanent
     assert type(tf_keras.optimizers.deserialize(tf_keras.optimizers.serialize(again))) is MaskedOptimizer
 
@@ -633,27 +633,40 @@ def test_set_weights():
     with pytest.raises(ValueError, match="one array per variable"):
         again.set_weights(weights[1:])
     with pytest.raises(ValueError, match="must have the shapes"):
-        again.set_weights([weights[0][1:], *weights[1:]])
+        again.set_weights([*weights[:-1], weights[-1][1:]])
+    with pytest.raises(ValueError, match="masks are not among them.*save_masks"):
+        again.set_weights([np.zeros(9, np.uint8), *weights])
+    again.unfreeze("body/kernel")
     again.set_weights(weights)
-    assert again.mask_for(kernel_of(model)) == fz.Mask.from_array(MASK)
+    assert again.mask_for(kernel_of(model)).density == 1.0  # masks are no weights
+    for a, b in zip(again.variables, weights, strict=True):
+        assert_same_bits(a.numpy(), b)
     assert [v.name for v in again.variables()] == [v.name for v in again.variables]
 
 
-def test_a_saved_model_warns_that_no_masks_are_loaded_from_it(tmp_path):
+def test_a_saved_model_brings_masks_by_its_config(tmp_path):
+    """tf_keras loads no optimizer state from it, but its config."""
     model = trained("AdamW")
-    with pytest.warns(UserWarning, match="tf_keras loads no optimizer state from a SavedModel"):
-        model.save(tmp_path / "m", save_format="tf")
+    model.save(tmp_path / "m", save_format="tf")
     loaded = tf_keras.models.load_model(tmp_path / "m")
     assert type(loaded.optimizer) is MaskedOptimizer
-    loaded.optimizer.build(loaded.trainable_variables)
-    assert loaded.optimizer.mask_for(loaded.trainable_variables[0]).density == 1.0
+    before = kernel_of(loaded).numpy()
+    fit(loaded)
+    assert loaded.optimizer.mask_for(kernel_of(loaded)) == fz.Mask.from_array(MASK)
+    assert_trained(kernel_of(loaded), before)
 
 
-def test_rules_that_wait_can_not_be_saved(tmp_path):
+def test_rules_that_wait_are_saved(tmp_path):
     model = make_model()
     model.compile(MaskedOptimizer(_O.SGD(0.1), masks={"body/kernel": MASK}), "mse")
-    with pytest.raises(ValueError, match="must be built before its masks can be saved"):
-        model.save(tmp_path / "m.keras")
+    model.save(tmp_path / "m.keras")
+    loaded = tf_keras.models.load_model(tmp_path / "m.keras")
+    before = kernel_of(loaded).numpy()
+    fit(loaded)
+    assert_trained(kernel_of(loaded), before)
+    model.optimizer.freeze(model.get_layer("head"))
+    with pytest.raises(ValueError, match="must name its variables by path.*Received: freeze"):
+        model.save(tmp_path / "n.keras")
 
 
 # Errors.
@@ -842,7 +855,7 @@ def case_loop(strategy):
             np.testing.assert_allclose(copies(v)[0][MASK], expected[MASK], atol=1e-6)
         middle = copies(v)[0]
         masked.register_mask(v, other)
-        for bits in masked.variables[0].values:
+        for bits in masked._state.partitions[0].bits.value.values:
             assert_same_bits(bits.numpy(), fz.Mask.from_array(other).packed)
         for _ in range(3):
             step(tf.constant(other))

@@ -343,17 +343,12 @@ def test_what_waits_is_saved(tmp_path):
     first.optimizer.unfreeze("d/kernel")
     first.save(tmp_path / "m.keras")
     tf.train.Checkpoint(model=first, optimizer=first.optimizer).write(str(tmp_path / "c"))
-    weights = [v.numpy() for v in first.optimizer.variables]
     kernel = first.layers[0].kernel.numpy()
     second = keras.models.load_model(tmp_path / "m.keras")
     third = model()
     third.optimizer.build(third.trainable_variables)
     tf.train.Checkpoint(model=third, optimizer=third.optimizer).read(str(tmp_path / "c")).assert_consumed()
-    fourth = model()
-    fourth.set_weights(first.get_weights())
-    fourth.optimizer.build(fourth.trainable_variables)
-    fourth.optimizer.set_weights(weights)
-    for loaded in (second, third, fourth):
+    for loaded in (second, third):
         loaded.fit(x, y, verbose=0)
         assert np.allclose(loaded.layers[0].kernel.numpy() - kernel, LR, rtol=2e-3)
     assert second.optimizer.unfreeze_policy == "seed"
