@@ -132,8 +132,8 @@ def fitted_slot(
     shape, whole = tuple(slot.shape), tuple(part.variable.shape)
     compact_now = isinstance(part, CompactPartition) and shape == tuple(part.inner_variable.shape)
     compact_then = stored is not None and stored.mask is not None and stored.way == "compact"
-    if stored is not None and array.shape != whole and array.shape != shape:
-        compact_then = True  # a file of an older version does not say
+    if stored is not None and not stored.way:  # a file of an older version does not say
+        compact_then = array.shape != whole or (compact_now and array.shape == shape)
     if not compact_then and not compact_now:
         return array if array.shape == shape else None
     same_masks = stored is not None and stored.mask is not None and stored.mask == part.mask

@@ -572,7 +572,7 @@ class Masking:
         return {
             "maskable": dict(self._state.maskable),
             "partitions": partitions,
-            "rules": rules_config.to_config(config_rules),
+            "rules": rules_config.to_config(config_rules, rules_config.LIMIT),
         }
 
     def _set_config(self, config: Mapping[str, Any]) -> None:
@@ -627,7 +627,7 @@ class Masking:
                         "An optimizer that loaded masks of an older version must be built before these can be saved: "
                         f"call `optimizer.build(model.trainable_variables)`. Received: {self.name!r}, which is not"
                     )
-            return replace(first, rules=rules_config.to_config(waiting, limit=None))
+            return replace(first, rules=rules_config.to_config(waiting, None))
         masks = []
         for position, ((name, shape), part) in enumerate(
             zip(self._state.index.named, self._state.partitions, strict=True)

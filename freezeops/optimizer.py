@@ -243,11 +243,14 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         """
         if scaler := keras_internals.loss_scaler_that_builds(self):
             keras_internals.mask_before_loss_scaling(scaler, self._mask_for_scaler)
+        variables = list(variables)
+        if not self.built and variables:  # a model from an .h5 file builds its optimizer with no variables first
+            self._build(variables)
+        if scaler is not None:
             with tf.init_scope():
                 inner_state.assign_waiting(scaler)
-        variables = list(variables)
-        if self.built or not variables:
-            return  # a model from an .h5 file builds its optimizer with no variables first
+
+    def _build(self, variables: list[Variable]) -> None:
         keras_internals.check_strategy(tf.distribute.get_strategy())
         index = rules.VariableIndex(variables)
         planned = self._plan(index, self.inner_optimizer.built)
@@ -858,7 +861,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             for position, mask in found.items():
                 part = self._state.partitions[position]
                 here = part.get_config() if isinstance(part, CompactPartition) else {}
-                if mask.mask is not None and (mask.way == "compact" or here):
+                if mask.mask is not None and mask.way and (mask.way == "compact" or here):
                     there: dict[str, Any] = {"way": mask.way, "layout": list(mask.mask.layout)}
                     if mask.way == "compact":
                         there["capacity"] = mask.capacity

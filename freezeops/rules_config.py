@@ -52,7 +52,7 @@ def _decompressed(text: str) -> bytes:
     return zlib.decompress(base64.b64decode(text))
 
 
-def to_config(rules: Sequence[Rule | Loaded], limit: int | None = LIMIT) -> list[dict[str, Any]]:
+def to_config(rules: Sequence[Rule | Loaded], limit: int | None) -> list[dict[str, Any]]:
     """Rules as a config holds them.
 
     Args:

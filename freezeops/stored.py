@@ -41,7 +41,7 @@ class StoredMask:
         shape: The variable's shape.
         mask: The mask; `None` where a config left it out, because it was too large, and nobody has stated it since.
         stated: Whether a call or an earlier load named this variable. What nobody stated states nothing.
-        way: How the variable was split: `"full"`, `"compact"` or `"permanent"`.
+        way: How the variable was split: `"full"`, `"compact"` or `"permanent"`; empty where it is not known.
         capacity: With compact state: how many of the mask's bits there was room for.
         waiting: The entries that wait to be seeded; `None`: none.
     """
@@ -100,7 +100,7 @@ class RawMask:
                 "freezeops that wrote it, call `fz.save_masks(optimizer, path)` there, and `fz.load_masks` here"
             )
         mask = readings[0]
-        return StoredMask(self.name, shape, mask, mask.count() < mask.size, waiting=self._waiting(shape, mask))
+        return StoredMask(self.name, shape, mask, mask.count() < mask.size, "", waiting=self._waiting(shape, mask))
 
     def _readings(self, shape: Shape, layout: Layout | None) -> list[Mask]:
         found: list[Mask] = []
@@ -333,15 +333,18 @@ def find(
         (mask.name, mask.shape if isinstance(mask, StoredMask) else None) for mask in stored.masks
     ]
     numbers = {name: i for i, (name, _) in enumerate(named)}
+    paths, own_paths = named, own
     if any(isinstance(mask, RawMask) and not mask.slashes for mask in stored.masks):
-        pairs = naming.pair(_without_slashes(named), _without_slashes(own))
-    else:
-        pairs = naming.pair(named, own)
+        paths, own_paths = _without_slashes(named), _without_slashes(own)
+    pairs = naming.pair(paths, own_paths)
     found: dict[int, StoredMask] = {}
     problems = []
     for mask in stored.masks:
         number = numbers.get(mask.name)
         position = None if number is None else pairs.found.get(number)
+        if position is None and number is not None and mask.freezes and not pairs.candidates.get(number):
+            # The same name and another shape?
+            position = naming.pair([(name, None) for name, _ in paths], own_paths).found.get(number)
         if position is None:
             if mask.freezes:
                 candidates = [own[j][0] for j in pairs.candidates.get(-1 if number is None else number, [])]
