@@ -23,6 +23,7 @@ from processes import run_script
 from test_promise import odd_values
 
 import freezeops as fz
+from freezeops import rules_config
 from freezeops.legacy import MaskedOptimizer
 
 _O = tf_keras.optimizers
@@ -667,6 +668,134 @@ def test_rules_that_wait_are_saved(tmp_path):
     model.optimizer.freeze(model.get_layer("head"))
     with pytest.raises(ValueError, match="must name its variables by path.*Received: freeze"):
         model.save(tmp_path / "n.keras")
+
+
+# What loads do to masks: as in test_loading.py.
+
+
+def stored_model(name="a", where=None, maskable=None):
+    model = tf_keras.Sequential([tf_keras.layers.Dense(8, input_shape=(8,), name=name)])
+    optimizer = MaskedOptimizer(_O.Adam(0.01), maskable=maskable)
+    if where is not None:
+        optimizer.freeze(f"{name}/kernel", where)
+    model.compile(optimizer, "mse")
+    return model
+
+
+def train_stored(model):
+    x = np.random.default_rng(0).random((16, 8), "float32")
+    model.fit(x, x, batch_size=8, shuffle=False, verbose=0)
+
+
+STORES = ["m.keras", "m.weights.h5", "m.h5", "checkpoint", "weights"]
+
+
+def store(model, name, folder):
+    if name == "checkpoint":
+        return tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(folder / "c"))
+    if name in ("m.keras", "m.h5"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save(folder / name)
+    else:
+        model.save_weights(folder / name)
+    return folder / name
+
+
+def restore(model, name, path):
+    if name == "checkpoint":
+        tf.train.Checkpoint(model=model, optimizer=model.optimizer).read(path)
+    elif name in ("m.keras", "m.h5"):
+        return tf_keras.models.load_model(path)
+    else:
+        model.load_weights(path)
+    return model
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("name", STORES)
+def test_rows_stay_rows(name, built, tmp_path):
+    model = stored_model(where=[0, 1, 2])
+    train_stored(model)
+    path = store(model, name, tmp_path)
+    other = stored_model()
+    if built:
+        other.optimizer.build(other.trainable_variables)
+    loaded = restore(other, name, path)
+    before = loaded.trainable_variables[0].numpy()
+    train_stored(loaded)
+    assert loaded.optimizer.mask_for(loaded.trainable_variables[0]) == fz.Mask.rows((8, 8), [3, 4, 5, 6, 7])
+    assert_same_bits(loaded.trainable_variables[0].numpy()[:3], before[:3])
+    assert int(loaded.optimizer.iterations) == 4
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("name", ["m.weights.h5", "checkpoint", "weights"])
+def test_a_call_after_a_load_counts(name, built, tmp_path):
+    model = stored_model(where=[0])
+    train_stored(model)
+    path = store(model, name, tmp_path)
+    other = stored_model()
+    if built:
+        other.optimizer.build(other.trainable_variables)
+    restore(other, name, path)
+    other.optimizer.freeze("a/kernel", [5])
+    train_stored(other)
+    assert other.optimizer.mask_for(other.trainable_variables[0]) == fz.Mask.rows((8, 8), [1, 2, 3, 4, 6, 7])
+
+
+@pytest.mark.parametrize("name", ["m.weights.h5", "checkpoint", "weights"])
+def test_what_nobody_stated_states_nothing(name, tmp_path):
+    model = stored_model()
+    train_stored(model)
+    path = store(model, name, tmp_path)
+    other = stored_model(where=[5])
+    restore(other, name, path)
+    train_stored(other)
+    assert other.optimizer.mask_for(other.trainable_variables[0]) == ~fz.Mask.rows((8, 8), [5])
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_weights_of_a_bare_optimizer(built, tmp_path):
+    model = stored_model()
+    model.compile(_O.Adam(0.01), "mse")
+    train_stored(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = stored_model(where=[5])
+    if built:
+        other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "m.weights.h5")
+    assert int(other.optimizer.iterations) == 2
+    for a, b in zip(other.optimizer.variables, model.optimizer.variables, strict=True):
+        assert_same_bits(a.numpy(), b.numpy())
+    before = other.trainable_variables[0].numpy()
+    train_stored(other)
+    assert_same_bits(other.trainable_variables[0].numpy()[5], before[5])
+
+
+def test_config_before_the_build():
+    optimizer = MaskedOptimizer(_O.Adam(0.01))
+    optimizer.freeze("a/kernel", np.s_[:, :3])
+    again = MaskedOptimizer.from_config(optimizer.get_config())
+    model = stored_model()
+    again.build(model.trainable_variables)
+    assert again.mask_for(model.trainable_variables[0]) == fz.Mask.columns((8, 8), [3, 4, 5, 6, 7])
+    optimizer.freeze(model.trainable_variables[1])
+    with pytest.raises(ValueError, match="must name its variables by path"):
+        optimizer.get_config()
+
+
+def test_masks_that_a_config_left_out(monkeypatch):
+    monkeypatch.setattr(rules_config, "LIMIT", 4)
+    model = stored_model(where=[0])
+    train_stored(model)
+    other = stored_model()
+    other.compile(MaskedOptimizer.from_config(model.optimizer.get_config()), "mse")
+    with pytest.raises(ValueError, match="no mask yet for 'a/kernel'"):
+        train_stored(other)
+    other.optimizer.freeze("a/kernel", [0])
+    other.compile(other.optimizer, "mse")
+    train_stored(other)
 
 
 # Errors.
