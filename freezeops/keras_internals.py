@@ -6,7 +6,6 @@ Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimi
 
 import inspect
 import threading
-import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -319,10 +318,10 @@ def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> Abs
     return _during_step(optimizer, "_freezeops_before_updates", {"update_step": _update_with_hook}, hook)
 
 
-def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
+def _update_with_hook(self: Any, replaced: Callable[..., Any], gradient: Any, variable: Any, learning_rate: Any) -> Any:
     if hook := _hook_now(self, "_freezeops_before_updates", [variable]):
         hook.before_update(gradient, variable)
-    return type(self).update_step(self, gradient, variable, learning_rate)
+    return replaced(gradient, variable, learning_rate)
 
 
 class UpdateHook:
@@ -356,14 +355,23 @@ def can_update_together(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 def replaced_methods(optimizer: keras.optimizers.Optimizer) -> list[str]:
-    """Methods of an optimizer that somebody replaced on the instance."""
-    return [
+    """Methods of an optimizer of Keras's that somebody replaced: on the instance or, of a step, on the class."""
+    cls = type(optimizer)
+    on_instance = [
         name
         for name, value in vars(optimizer).items()
-        if callable(value)
-        and callable(getattr(type(optimizer), name, None))
-        and not (getattr(value, "__module__", None) or "").startswith("freezeops.")
+        if callable(value) and callable(getattr(cls, name, None)) and not _is_from("freezeops.", _behind_hooks(value))
     ]
+    in_a_step = [getattr(cls, name, None) for name in ("apply_gradients", "apply", "update_step", *_UPDATES)]
+    return on_instance + [
+        method.__name__ for method in in_a_step if callable(method) and not _is_from("keras.", method)
+    ]
+
+
+def _is_from(package: str, function: Any) -> bool:
+    """Whether a function was defined in a package, and does not stand before one that was."""
+    own = (getattr(function, "__module__", None) or "").startswith(package)
+    return own and not hasattr(function, "__wrapped__")
 
 
 def unknown_wrappers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
@@ -388,13 +396,18 @@ def _during_step(
 ) -> Iterator[None]:
     """Puts methods before those of an optimizer, for good; and for a while a hook that they find by `_hook_now`.
 
+    What somebody has put on the instance is called as before.
+
     The hook only for a while, since another `MaskedOptimizer` may wrap the same optimizer, and people may call it
     themselves.
     """
     if not hasattr(optimizer, name):
         setattr(optimizer, name, Untracked({}))
-        for method_name, method in methods.items():
-            setattr(optimizer, method_name, types.MethodType(method, optimizer))
+    for method_name, method in methods.items():
+        # Also where somebody replaced the method, or took it away, since the last step.
+        now = vars(optimizer).get(method_name)
+        if not (isinstance(now, _Hooked) and now.method is method):
+            setattr(optimizer, method_name, _Hooked(optimizer, method_name, method, now))
     hooks, thread = getattr(optimizer, name).value, threading.get_ident()
     before = hooks.get(thread)
     hooks[thread] = hook
@@ -405,6 +418,36 @@ def _during_step(
             del hooks[thread]
         else:
             hooks[thread] = before
+
+
+class _Hooked:
+    """A method of one optimizer, with another one before it that is given it to call.
+
+    Args:
+        optimizer: The optimizer.
+        name: The method's name.
+        method: What is called, with the optimizer and the method as its first arguments.
+        on_instance: The method that somebody put on the instance; `None`: that of its class.
+    """
+
+    def __init__(self, optimizer: Any, name: str, method: Callable[..., Any], on_instance: Callable[..., Any] | None):
+        self.method = method
+        self._optimizer = optimizer
+        self._name = name
+        self.on_instance = on_instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replaced = self.on_instance
+        if replaced is None:
+            replaced = getattr(type(self._optimizer), self._name).__get__(self._optimizer)
+        return self.method(self._optimizer, replaced, *args, **kwargs)
+
+
+def _behind_hooks(method: Any) -> Any:
+    """What somebody put on an instance, or the hook where nobody did."""
+    while isinstance(method, _Hooked) and method.on_instance is not None:
+        method = method.on_instance
+    return method
 
 
 def _hook_now(optimizer: Any, name: str, variables: Sequence[Variable]) -> Any:
@@ -428,15 +471,17 @@ def _hook_now(optimizer: Any, name: str, variables: Sequence[Variable]) -> Any:
     return waiting[0] if waiting else None
 
 
-def _decay_others(self: Any, variables: Any) -> None:
+def _decay_others(self: Any, replaced: Callable[..., Any], variables: Any) -> None:
     variables = list(variables)
     hook = _hook_now(self, "_freezeops_updates", variables)
     others = [variable for variable in variables if hook is None or not hook.includes(variable)]
     if others:
-        type(self)._apply_weight_decay(self, others)
+        replaced(others)
 
 
-def _update_others(self: Any, distribution: Any, grads_and_vars: Any, learning_rate: Any) -> None:
+def _update_others(
+    self: Any, replaced: Callable[..., Any], distribution: Any, grads_and_vars: Any, learning_rate: Any
+) -> None:
     grads_and_vars = list(grads_and_vars)
     hook = _hook_now(self, "_freezeops_updates", [variable for _, variable in grads_and_vars])
     if hook is not None:
@@ -444,7 +489,7 @@ def _update_others(self: Any, distribution: Any, grads_and_vars: Any, learning_r
         grads_and_vars = [pair for pair in grads_and_vars if not hook.includes(pair[1])]
         if together:
             hook.update(distribution, together, learning_rate)
-    type(self)._distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate)
+    replaced(distribution, grads_and_vars, learning_rate)
 
 
 _UPDATES: dict[str, Callable[..., None]] = {

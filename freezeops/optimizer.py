@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -25,6 +26,25 @@ from freezeops.transforms import Gradient
 from freezeops.unfreezing import Seeding, VariableSlots
 
 _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "loss_scale_factor", "gradient_accumulation_steps")
+
+
+class _PairsCall:
+    """A call of `MaskedOptimizer.apply_gradients` whose pairs go to the inner optimizer's own one.
+
+    Args:
+        optimizer: The `MaskedOptimizer`.
+
+    Attributes:
+        result: What the inner optimizer returned.
+    """
+
+    def __init__(self, optimizer: "MaskedOptimizer"):
+        self.optimizer = optimizer
+        self.result: Any = None
+
+
+_applying_pairs: ContextVar[_PairsCall | None] = ContextVar("_applying_pairs", default=None)
+"""The call of this thread, from `apply_gradients` to `apply`."""
 
 
 class _State(masking.State):
@@ -638,7 +658,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                     around.enter_context(seeding.step())
                 for step in {id(step): step for step in steps.values()}.values():
                     around.enter_context(step.running())
-                self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
+                if (call := _applying_pairs.get()) is not None and call.optimizer is self:
+                    call.result = self.inner_optimizer.apply_gradients(pairs)
+                else:
+                    self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
 
     def _fused_steps(self, variables: Sequence[Variable]) -> dict[int, FusedStep]:
         """By a partition's `id`: the step that can update its variable in one pass.
@@ -693,15 +716,24 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         )
 
     @tf.autograph.experimental.do_not_convert
-    def apply_gradients(self, grads_and_vars: Any) -> keras.Variable:
-        """As `apply`, on `(gradient, variable)` pairs.
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        """As `apply`, on `(gradient, variable)` pairs: the inner optimizer's own `apply_gradients` is called.
 
         Returns:
-            The variable that counts the steps.
+            The variable that counts the steps; or what an `apply_gradients` of the inner
+            optimizer's own returns.
         """
         grads, variables = zip(*grads_and_vars, strict=True)
-        self.apply(grads, variables)
-        return keras_internals.step_counter(self.inner_optimizer)
+        call = _PairsCall(self)
+        token = _applying_pairs.set(call)
+        try:
+            # By way of `apply`, which a subclass may have extended.
+            self.apply(grads, variables)
+        finally:
+            _applying_pairs.reset(token)
+        # Keras's own returns a counter that stands still where a `LossScaleOptimizer` is inside.
+        is_counter = call.result is None or call.result is self.inner_optimizer._iterations
+        return keras_internals.step_counter(self.inner_optimizer) if is_counter else call.result
 
     @tf.autograph.experimental.do_not_convert
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
