@@ -56,8 +56,15 @@ def components(variable: Variable) -> list[tf.Variable]:
     if context is None or context.strategy is not variable.distribute_strategy:
         # Outside of the strategy's scope, in a callback of `fit` for example, TensorFlow gives the default strategy's.
         return list(variable.values)
-    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    replica = replica_number()
+    assert replica is not None
     return [variable.values[replica % len(variable.values)]]
+
+
+def replica_number() -> int | None:
+    """The number of the replica that this is called in, 0 where there is one; `None` outside of all."""
+    context = tf.distribute.get_replica_context()
+    return None if context is None else int(tf.get_static_value(context.replica_id_in_sync_group))
 
 
 def component_beside(other: Variable, variable: Variable, component: tf.Variable) -> tf.Variable:
