@@ -142,6 +142,16 @@ def hide_trained_variables(optimizer: keras.optimizers.Optimizer) -> None:
             object.__setattr__(part, "_trainable_variables", variables)
 
 
+def build_without_slots(optimizer: keras.optimizers.Optimizer, variables: Sequence[Variable]) -> None:
+    """What Keras's base class does as a wrapper is built, whose options are the inner optimizer's and need no slots."""
+    for i, variable in enumerate(variables):
+        optimizer._trainable_variables_indices[optimizer._var_key(variable)] = i
+    # Past Keras's and TensorFlow's tracking.
+    del optimizer._trainable_variables
+    object.__setattr__(optimizer, "_trainable_variables", list(variables))
+    optimizer.built = True
+
+
 def replace_variable(optimizer: keras.optimizers.Optimizer, old: Variable, new: Variable) -> None:
     """Has a built optimizer train another variable of the same identity, with the slots as they are."""
     for part in wrapped_optimizers(optimizer):
@@ -599,30 +609,45 @@ def mask_before_loss_scaling(
     scaler._tf_apply = masked_apply
 
 
-def guard_swaps(around: Callable[[Any], AbstractContextManager]) -> None:
-    """Has Keras's `SwapEMAWeights` do its work inside of a guard.
+def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
+    """Has Keras's `SwapEMAWeights` do its work inside of a guard, and on the optimizers that have averages.
 
     It swaps a variable with its average by adding and subtracting, which turns -0.0
-    into 0.0 and an infinity into NaN, and gives nobody a say. Changes the callback's
-    class, once; for optimizers that `around` does not know it does what it did.
+    into 0.0 and an infinity into NaN, and gives nobody a say. And it looks behind one
+    wrapper only. Changes the callback's class, once; for optimizers that `around` does not
+    know it does what it did.
 
     Args:
-        around: Gives a context manager for a model's optimizer.
+        around: Gives a context manager for a model's optimizer; `None` for those that it does not know.
     """
     callback = keras.callbacks.SwapEMAWeights
 
-    def guarded(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        def call(self: Any, optimizer: Any) -> None:
-            with around(self.model.optimizer):
-                method(self, optimizer)
+    def guarded(all_of: Callable[[Any], None], of_one: str) -> Callable[[Any], None]:
+        def call(self: Any) -> None:
+            optimizer = self.model.optimizer
+            if (guard := around(optimizer)) is None:
+                all_of(self)
+                return
+            averaging = [base for base in base_optimizers(optimizer) if base.use_ema]
+            if not averaging or not all(hasattr(base, "_model_variables_moving_average") for base in averaging):
+                raise ValueError(
+                    "SwapEMAWeights must be used with an optimizer that has `use_ema=True` and is built. Received: "
+                    f"use_ema={[base.use_ema for base in base_optimizers(optimizer)]}"
+                )
+            with guard:
+                for base in averaging:
+                    getattr(self, of_one)(base)
 
         call._freezeops_guard = True  # type: ignore[attr-defined]
         return call
 
-    for name in ("_tf_swap_variables", "_tf_finalize_ema_values"):
+    for name, of_one in (
+        ("_swap_variables", "_tf_swap_variables"),
+        ("_finalize_ema_values", "_tf_finalize_ema_values"),
+    ):
         method = getattr(callback, name)
         if not hasattr(method, "_freezeops_guard"):
-            setattr(callback, name, guarded(method))
+            setattr(callback, name, guarded(method, of_one))
 
 
 def moving_state(target: Any) -> list[str]:

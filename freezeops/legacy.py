@@ -13,6 +13,7 @@ import tensorflow as tf
 from freezeops import keras_internals, masking, rules
 from freezeops.keras_internals import Variable
 from freezeops.masking import FrozenEntries
+from freezeops.options import InnerOption, InnerOptions
 from freezeops.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
 
 try:
@@ -27,7 +28,7 @@ _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "lr", "jit_compile", "mesh")
 
 
 @tf_keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
+class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any optimizer of `tf_keras.optimizers`, as `freezeops.MaskedOptimizer` wraps
@@ -63,6 +64,8 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
     model.fit(x, y)
     ```
     """
+
+    jit_compile = InnerOption()
 
     def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> "MaskedOptimizer":
         """Makes a `MaskedLossScaleOptimizer` around a `LossScaleOptimizer`."""

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,7 @@ from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.layout import Layout
 from freezeops.mask import Mask
 from freezeops.masking import FrozenEntries
+from freezeops.options import InnerOption, InnerOptions
 from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
 from freezeops.slots import slots_of
 from freezeops.transforms import Gradient
@@ -70,7 +71,7 @@ class _State(masking.State):
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
+class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any Keras optimizer. Gradients are masked by selection before anything
@@ -131,6 +132,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
     model.fit(x, y)
     ```
     """
+
+    gradient_accumulation_steps = InnerOption()
 
     def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> "MaskedOptimizer":
         """Makes a `MaskedLossScaleOptimizer` around a `LossScaleOptimizer`."""
@@ -251,7 +254,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             self._state.records, self._state.seedings, self._state.updates = {}, {}, {}
             self._masks = tf.Module()
             raise
-        keras.optimizers.Optimizer.build(self, variables)
+        keras_internals.build_without_slots(self, variables)
         self._state.built = True
         keras_internals.guard_swaps(_guard_of)
 
@@ -827,11 +830,21 @@ class MaskedLossScaleOptimizer(MaskedOptimizer, keras.optimizers.LossScaleOptimi
     """
 
 
-def _guard_of(optimizer: Any) -> AbstractContextManager:
-    """What keeps frozen entries while something else writes the variables of an optimizer."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not isinstance(optimizer, MaskedOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer._frozen_entries() if isinstance(optimizer, MaskedOptimizer) else nullcontext()
+def _guard_of(optimizer: Any) -> AbstractContextManager | None:
+    """What keeps frozen entries while something else writes the variables of an optimizer.
+
+    `None` where nothing in it is a `MaskedOptimizer`.
+    """
+    masked = [part for part in keras_internals.wrapped_optimizers(optimizer) if isinstance(part, MaskedOptimizer)]
+    return _all_frozen_entries(masked) if masked else None
+
+
+@contextmanager
+def _all_frozen_entries(optimizers: Sequence[MaskedOptimizer]) -> Iterator[None]:
+    with ExitStack() as guards:
+        for optimizer in optimizers:
+            guards.enter_context(optimizer._frozen_entries())
+        yield
 
 
 def _check_arguments(
