@@ -286,7 +286,7 @@ class CompactPartition(MaskedPartition):
         row_shape = tuple(self._inner.shape[1:])
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
-        masked = transforms.mask_with_bits(gradient, index.mask, self.layout)
+        masked = transforms.mask_with_bits(gradient, index.mask, self.layout, self.rows)
         bits_per_row = self.layout.kept // self.variable.shape[0]
         first = tf.cast(masked.indices, tf.int64)[:, None] * bits_per_row
         bits = tf.reshape(first + np.arange(bits_per_row, dtype=np.int64)[None, :], [-1])
