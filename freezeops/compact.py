@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops, partition, reference, transforms
-from freezeops.keras_internals import Variable, components, variable_path
+from freezeops.keras_internals import Variable, components, replica_number, variable_path
 from freezeops.layout import Layout, elementwise
 from freezeops.mask import Mask
 from freezeops.partition import MaskedPartition, Plan, fit
@@ -227,6 +227,7 @@ class CompactPartition(MaskedPartition):
         self.index = index
         self._inner = inner
         self._pending = pending
+        self._constrained_with: dict[int | None, list[IndexTensors]] = {}
 
     @property
     def capacity(self) -> int:
@@ -245,6 +246,7 @@ class CompactPartition(MaskedPartition):
         self.check_not_pending()
         # All of a step is done with the index of this moment: another thread may change the mask in between.
         indices = self.index.component_tensors()
+        self._follow_variable(indices)
         copies = self._copies()
         if isinstance(gradient, tf.IndexedSlices):
             self._fill(indices)
@@ -258,12 +260,33 @@ class CompactPartition(MaskedPartition):
             inner.assign(tf.reshape(values, inner.shape))
         return tf.reshape(compact, self._inner.shape), indices
 
+    def _follow_variable(self, indices: list[IndexTensors]) -> None:
+        """Tells the compact variable what the model's was told since it was made, for a step that begins."""
+        constrained = getattr(self.variable, "constraint", None) is not None
+        if constrained:
+            # By replica: the constraint is called in the one that this is called in, if not in the same thread.
+            self._constrained_with[replica_number()] = indices
+        else:
+            self._constrained_with.clear()
+        self._inner.constraint = self._constrained if constrained else None
+        self._inner.overwrite_with_gradient = bool(getattr(self.variable, "overwrite_with_gradient", False))
+
+    def _constrained(self, inner: keras.Variable) -> tf.Tensor:
+        """The compact variable under the constraint of the model's, which looks at the whole of it."""
+        del inner  # its copies
+        indices = self._constrained_with[replica_number()]
+        # Only trainable entries are written, which `put_back` is to write anyway.
+        self.put_back(indices)
+        whole = tf.cast(tf.convert_to_tensor(self.variable.constraint(self.variable)), self.variable.dtype)
+        whole = tf.ensure_shape(whole, self.variable.shape)
+        return tf.reshape(ops.gather_trainable(whole, *indices[0], self.layout), self._inner.shape)
+
     def _take_slices(self, gradient: tf.IndexedSlices, index: IndexTensors) -> transforms.Gradient:
         """Slices of the compact variable: repeated rows stay repeated, as Keras squares each by itself."""
         row_shape = tuple(self._inner.shape[1:])
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
-        masked = transforms.mask_with_bits(gradient, index.mask, self.layout)
+        masked = transforms.mask_with_bits(gradient, index.mask, self.layout, self.rows)
         bits_per_row = self.layout.kept // self.variable.shape[0]
         first = tf.cast(masked.indices, tf.int64)[:, None] * bits_per_row
         bits = tf.reshape(first + np.arange(bits_per_row, dtype=np.int64)[None, :], [-1])

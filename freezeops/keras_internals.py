@@ -6,7 +6,6 @@ Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimi
 
 import inspect
 import threading
-import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -57,8 +56,15 @@ def components(variable: Variable) -> list[tf.Variable]:
     if context is None or context.strategy is not variable.distribute_strategy:
         # Outside of the strategy's scope, in a callback of `fit` for example, TensorFlow gives the default strategy's.
         return list(variable.values)
-    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    replica = replica_number()
+    assert replica is not None
     return [variable.values[replica % len(variable.values)]]
+
+
+def replica_number() -> int | None:
+    """The number of the replica that this is called in, 0 where there is one; `None` outside of all."""
+    context = tf.distribute.get_replica_context()
+    return None if context is None else int(tf.get_static_value(context.replica_id_in_sync_group))
 
 
 def component_beside(other: Variable, variable: Variable, component: tf.Variable) -> tf.Variable:
@@ -134,6 +140,16 @@ def hide_trained_variables(optimizer: keras.optimizers.Optimizer) -> None:
             del part._trainable_variables
             # Past Keras's and TensorFlow's tracking.
             object.__setattr__(part, "_trainable_variables", variables)
+
+
+def build_without_slots(optimizer: keras.optimizers.Optimizer, variables: Sequence[Variable]) -> None:
+    """What Keras's base class does as a wrapper is built, whose options are the inner optimizer's and need no slots."""
+    for i, variable in enumerate(variables):
+        optimizer._trainable_variables_indices[optimizer._var_key(variable)] = i
+    # Past Keras's and TensorFlow's tracking.
+    del optimizer._trainable_variables
+    object.__setattr__(optimizer, "_trainable_variables", list(variables))
+    optimizer.built = True
 
 
 def replace_variable(optimizer: keras.optimizers.Optimizer, old: Variable, new: Variable) -> None:
@@ -319,10 +335,10 @@ def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> Abs
     return _during_step(optimizer, "_freezeops_before_updates", {"update_step": _update_with_hook}, hook)
 
 
-def _update_with_hook(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
+def _update_with_hook(self: Any, replaced: Callable[..., Any], gradient: Any, variable: Any, learning_rate: Any) -> Any:
     if hook := _hook_now(self, "_freezeops_before_updates", [variable]):
         hook.before_update(gradient, variable)
-    return type(self).update_step(self, gradient, variable, learning_rate)
+    return replaced(gradient, variable, learning_rate)
 
 
 class UpdateHook:
@@ -356,14 +372,23 @@ def can_update_together(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 def replaced_methods(optimizer: keras.optimizers.Optimizer) -> list[str]:
-    """Methods of an optimizer that somebody replaced on the instance."""
-    return [
+    """Methods of an optimizer of Keras's that somebody replaced: on the instance or, of a step, on the class."""
+    cls = type(optimizer)
+    on_instance = [
         name
         for name, value in vars(optimizer).items()
-        if callable(value)
-        and callable(getattr(type(optimizer), name, None))
-        and not (getattr(value, "__module__", None) or "").startswith("freezeops.")
+        if callable(value) and callable(getattr(cls, name, None)) and not _is_from("freezeops.", _behind_hooks(value))
     ]
+    in_a_step = [getattr(cls, name, None) for name in ("apply_gradients", "apply", "update_step", *_UPDATES)]
+    return on_instance + [
+        method.__name__ for method in in_a_step if callable(method) and not _is_from("keras.", method)
+    ]
+
+
+def _is_from(package: str, function: Any) -> bool:
+    """Whether a function was defined in a package, and does not stand before one that was."""
+    own = (getattr(function, "__module__", None) or "").startswith(package)
+    return own and not hasattr(function, "__wrapped__")
 
 
 def unknown_wrappers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
@@ -388,13 +413,18 @@ def _during_step(
 ) -> Iterator[None]:
     """Puts methods before those of an optimizer, for good; and for a while a hook that they find by `_hook_now`.
 
+    What somebody has put on the instance is called as before.
+
     The hook only for a while, since another `MaskedOptimizer` may wrap the same optimizer, and people may call it
     themselves.
     """
     if not hasattr(optimizer, name):
         setattr(optimizer, name, Untracked({}))
-        for method_name, method in methods.items():
-            setattr(optimizer, method_name, types.MethodType(method, optimizer))
+    for method_name, method in methods.items():
+        # Also where somebody replaced the method, or took it away, since the last step.
+        now = vars(optimizer).get(method_name)
+        if not (isinstance(now, _Hooked) and now.method is method):
+            setattr(optimizer, method_name, _Hooked(optimizer, method_name, method, now))
     hooks, thread = getattr(optimizer, name).value, threading.get_ident()
     before = hooks.get(thread)
     hooks[thread] = hook
@@ -405,6 +435,36 @@ def _during_step(
             del hooks[thread]
         else:
             hooks[thread] = before
+
+
+class _Hooked:
+    """A method of one optimizer, with another one before it that is given it to call.
+
+    Args:
+        optimizer: The optimizer.
+        name: The method's name.
+        method: What is called, with the optimizer and the method as its first arguments.
+        on_instance: The method that somebody put on the instance; `None`: that of its class.
+    """
+
+    def __init__(self, optimizer: Any, name: str, method: Callable[..., Any], on_instance: Callable[..., Any] | None):
+        self.method = method
+        self._optimizer = optimizer
+        self._name = name
+        self.on_instance = on_instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replaced = self.on_instance
+        if replaced is None:
+            replaced = getattr(type(self._optimizer), self._name).__get__(self._optimizer)
+        return self.method(self._optimizer, replaced, *args, **kwargs)
+
+
+def _behind_hooks(method: Any) -> Any:
+    """What somebody put on an instance, or the hook where nobody did."""
+    while isinstance(method, _Hooked) and method.on_instance is not None:
+        method = method.on_instance
+    return method
 
 
 def _hook_now(optimizer: Any, name: str, variables: Sequence[Variable]) -> Any:
@@ -428,15 +488,17 @@ def _hook_now(optimizer: Any, name: str, variables: Sequence[Variable]) -> Any:
     return waiting[0] if waiting else None
 
 
-def _decay_others(self: Any, variables: Any) -> None:
+def _decay_others(self: Any, replaced: Callable[..., Any], variables: Any) -> None:
     variables = list(variables)
     hook = _hook_now(self, "_freezeops_updates", variables)
     others = [variable for variable in variables if hook is None or not hook.includes(variable)]
     if others:
-        type(self)._apply_weight_decay(self, others)
+        replaced(others)
 
 
-def _update_others(self: Any, distribution: Any, grads_and_vars: Any, learning_rate: Any) -> None:
+def _update_others(
+    self: Any, replaced: Callable[..., Any], distribution: Any, grads_and_vars: Any, learning_rate: Any
+) -> None:
     grads_and_vars = list(grads_and_vars)
     hook = _hook_now(self, "_freezeops_updates", [variable for _, variable in grads_and_vars])
     if hook is not None:
@@ -444,7 +506,7 @@ def _update_others(self: Any, distribution: Any, grads_and_vars: Any, learning_r
         grads_and_vars = [pair for pair in grads_and_vars if not hook.includes(pair[1])]
         if together:
             hook.update(distribution, together, learning_rate)
-    type(self)._distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate)
+    replaced(distribution, grads_and_vars, learning_rate)
 
 
 _UPDATES: dict[str, Callable[..., None]] = {
@@ -573,30 +635,45 @@ def mask_before_loss_scaling(
     scaler._tf_apply = masked_apply
 
 
-def guard_swaps(around: Callable[[Any], AbstractContextManager]) -> None:
-    """Has Keras's `SwapEMAWeights` do its work inside of a guard.
+def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
+    """Has Keras's `SwapEMAWeights` do its work inside of a guard, and on the optimizers that have averages.
 
     It swaps a variable with its average by adding and subtracting, which turns -0.0
-    into 0.0 and an infinity into NaN, and gives nobody a say. Changes the callback's
-    class, once; for optimizers that `around` does not know it does what it did.
+    into 0.0 and an infinity into NaN, and gives nobody a say. And it looks behind one
+    wrapper only. Changes the callback's class, once; for optimizers that `around` does not
+    know it does what it did.
 
     Args:
-        around: Gives a context manager for a model's optimizer.
+        around: Gives a context manager for a model's optimizer; `None` for those that it does not know.
     """
     callback = keras.callbacks.SwapEMAWeights
 
-    def guarded(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        def call(self: Any, optimizer: Any) -> None:
-            with around(self.model.optimizer):
-                method(self, optimizer)
+    def guarded(all_of: Callable[[Any], None], of_one: str) -> Callable[[Any], None]:
+        def call(self: Any) -> None:
+            optimizer = self.model.optimizer
+            if (guard := around(optimizer)) is None:
+                all_of(self)
+                return
+            averaging = [base for base in base_optimizers(optimizer) if base.use_ema]
+            if not averaging or not all(hasattr(base, "_model_variables_moving_average") for base in averaging):
+                raise ValueError(
+                    "SwapEMAWeights must be used with an optimizer that has `use_ema=True` and is built. Received: "
+                    f"use_ema={[base.use_ema for base in base_optimizers(optimizer)]}"
+                )
+            with guard:
+                for base in averaging:
+                    getattr(self, of_one)(base)
 
         call._freezeops_guard = True  # type: ignore[attr-defined]
         return call
 
-    for name in ("_tf_swap_variables", "_tf_finalize_ema_values"):
+    for name, of_one in (
+        ("_swap_variables", "_tf_swap_variables"),
+        ("_finalize_ema_values", "_tf_finalize_ema_values"),
+    ):
         method = getattr(callback, name)
         if not hasattr(method, "_freezeops_guard"):
-            setattr(callback, name, guarded(method))
+            setattr(callback, name, guarded(method, of_one))
 
 
 def moving_state(target: Any) -> list[str]:

@@ -14,6 +14,7 @@ from freezeops import keras_internals, masking, rules
 from freezeops.checkpoints import MaskStore
 from freezeops.keras_internals import Variable
 from freezeops.masking import FrozenEntries
+from freezeops.options import InnerOption, InnerOptions
 from freezeops.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
 
 try:
@@ -28,7 +29,7 @@ _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "lr", "jit_compile", "mesh")
 
 
 @tf_keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
+class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any optimizer of `tf_keras.optimizers`, as `freezeops.MaskedOptimizer` wraps
@@ -64,6 +65,8 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
     model.fit(x, y)
     ```
     """
+
+    jit_compile = InnerOption()
 
     def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> "MaskedOptimizer":
         """Makes a `MaskedLossScaleOptimizer` around a `LossScaleOptimizer`."""

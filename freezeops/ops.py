@@ -126,8 +126,11 @@ def cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _library() -> ModuleType | None:
-    return None if _reason_for_reference() else _native.op_library()
+def _library(dtype: tf.DType = tf.float32) -> ModuleType | None:
+    # Gradients may be of another dtype than any variable: integers, booleans.
+    if dtype.name not in FLOAT_DTYPES or _reason_for_reference():
+        return None
+    return _native.op_library()
 
 
 def _host() -> ModuleType | None:
@@ -182,7 +185,7 @@ def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Te
     """The gradient where the mask's bit is 1, and +0.0 where it is 0.
 
     Args:
-        gradient: Tensor of a dtype in `FLOAT_DTYPES` with `layout.size` entries.
+        gradient: Tensor with `layout.size` entries; the native op is for a dtype in `FLOAT_DTYPES`.
         mask: `uint8` vector of `layout.packed_bytes` bytes.
         layout: How the bits spread over the gradient.
 
@@ -190,14 +193,14 @@ def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Te
         A tensor of the gradient's shape; in the gradient's own buffer where
         TensorFlow allows that. Differentiable any number of times.
     """
-    if library := _library():
+    if library := _library(gradient.dtype):
         return library.freezeops_mask_gradient(gradient, mask, layout=list(layout))
     return reference.mask_gradient(gradient, mask, layout)
 
 
 def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: Layout, rows: int) -> tf.Tensor:
     """Masks the values of a `tf.IndexedSlices`; see `reference.mask_slices`."""
-    if library := _library():
+    if library := _library(values.dtype):
         return library.freezeops_mask_slices(values, indices, mask, layout=list(layout), rows=rows)
     return reference.mask_slices(values, indices, mask, layout, rows)
 
@@ -260,7 +263,7 @@ def gather_trainable(
     source: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
     """The trainable entries of a tensor in order; see `reference.gather_trainable`."""
-    if library := _library():
+    if library := _library(source.dtype):
         return library.freezeops_gather_trainable(source, mask, offsets, indices, layout=list(layout))
     return reference.gather_trainable(source, mask, offsets, indices, layout)
 

@@ -4,7 +4,8 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -41,6 +42,7 @@ from freezeops.fused import FusedStep, FusedUpdates
 from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.mask import Mask
 from freezeops.masking import FrozenEntries
+from freezeops.options import InnerOption, InnerOptions
 from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
 from freezeops.rules import Loaded
 from freezeops.slots import slots_of
@@ -49,6 +51,25 @@ from freezeops.transforms import Gradient
 from freezeops.unfreezing import Seeding, VariableSlots
 
 _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "loss_scale_factor", "gradient_accumulation_steps")
+
+
+class _PairsCall:
+    """A call of `MaskedOptimizer.apply_gradients` whose pairs go to the inner optimizer's own one.
+
+    Args:
+        optimizer: The `MaskedOptimizer`.
+
+    Attributes:
+        result: What the inner optimizer returned.
+    """
+
+    def __init__(self, optimizer: "MaskedOptimizer"):
+        self.optimizer = optimizer
+        self.result: Any = None
+
+
+_applying_pairs: ContextVar[_PairsCall | None] = ContextVar("_applying_pairs", default=None)
+"""The call of this thread, from `apply_gradients` to `apply`."""
 
 
 class _State(masking.State):
@@ -74,7 +95,7 @@ class _State(masking.State):
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
+class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any Keras optimizer. Gradients are masked by selection before anything
@@ -135,6 +156,8 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
     model.fit(x, y)
     ```
     """
+
+    gradient_accumulation_steps = InnerOption()
 
     def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> "MaskedOptimizer":
         """Makes a `MaskedLossScaleOptimizer` around a `LossScaleOptimizer`."""
@@ -280,7 +303,7 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
             self._state.records, self._state.seedings, self._state.updates = {}, {}, {}
             self._masks.clear()
             raise
-        keras.optimizers.Optimizer.build(self, variables)
+        keras_internals.build_without_slots(self, variables)
         self._state.built = True
         self._keep_planned(planned)
         keras_internals.guard_swaps(_guard_of)
@@ -729,7 +752,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                     around.enter_context(seeding.step())
                 for step in {id(step): step for step in steps.values()}.values():
                     around.enter_context(step.running())
-                self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
+                if (call := _applying_pairs.get()) is not None and call.optimizer is self:
+                    call.result = self.inner_optimizer.apply_gradients(pairs)
+                else:
+                    self.inner_optimizer.apply([gradient for gradient, _ in pairs], [inner for _, inner in pairs])
 
     def _fused_steps(self, variables: Sequence[Variable]) -> dict[int, FusedStep]:
         """By a partition's `id`: the step that can update its variable in one pass.
@@ -784,15 +810,24 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         )
 
     @tf.autograph.experimental.do_not_convert
-    def apply_gradients(self, grads_and_vars: Any) -> keras.Variable:
-        """As `apply`, on `(gradient, variable)` pairs.
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        """As `apply`, on `(gradient, variable)` pairs: the inner optimizer's own `apply_gradients` is called.
 
         Returns:
-            The variable that counts the steps.
+            The variable that counts the steps; or what an `apply_gradients` of the inner
+            optimizer's own returns.
         """
         grads, variables = zip(*grads_and_vars, strict=True)
-        self.apply(grads, variables)
-        return keras_internals.step_counter(self.inner_optimizer)
+        call = _PairsCall(self)
+        token = _applying_pairs.set(call)
+        try:
+            # By way of `apply`, which a subclass may have extended.
+            self.apply(grads, variables)
+        finally:
+            _applying_pairs.reset(token)
+        # Keras's own returns a counter that stands still where a `LossScaleOptimizer` is inside.
+        is_counter = call.result is None or call.result is self.inner_optimizer._iterations
+        return keras_internals.step_counter(self.inner_optimizer) if is_counter else call.result
 
     @tf.autograph.experimental.do_not_convert
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
@@ -982,11 +1017,21 @@ class MaskedLossScaleOptimizer(MaskedOptimizer, keras.optimizers.LossScaleOptimi
     """
 
 
-def _guard_of(optimizer: Any) -> AbstractContextManager:
-    """What keeps frozen entries while something else writes the variables of an optimizer."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not isinstance(optimizer, MaskedOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer._frozen_entries() if isinstance(optimizer, MaskedOptimizer) else nullcontext()
+def _guard_of(optimizer: Any) -> AbstractContextManager | None:
+    """What keeps frozen entries while something else writes the variables of an optimizer.
+
+    `None` where nothing in it is a `MaskedOptimizer`.
+    """
+    masked = [part for part in keras_internals.wrapped_optimizers(optimizer) if isinstance(part, MaskedOptimizer)]
+    return _all_frozen_entries(masked) if masked else None
+
+
+@contextmanager
+def _all_frozen_entries(optimizers: Sequence[MaskedOptimizer]) -> Iterator[None]:
+    with ExitStack() as guards:
+        for optimizer in optimizers:
+            guards.enter_context(optimizer._frozen_entries())
+        yield
 
 
 def _check_arguments(

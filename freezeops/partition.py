@@ -156,16 +156,25 @@ class Partition(ABC):
         return self.take(gradient), None
 
     def checked(self, gradient: Any) -> transforms.Gradient:
-        """A gradient of the variable as it is, if it has the variable's shape."""
+        """A gradient of the variable as it is, if it has the variable's shape.
+
+        What is not known of that yet is looked at when the step runs; where all is known, that
+        costs nothing.
+        """
         if not isinstance(gradient, tf.IndexedSlices):
             gradient = tf.convert_to_tensor(gradient)
-        shape = transforms.dense_shape(gradient)
-        if not shape.is_compatible_with(self.variable.shape):
+        shape, own = transforms.dense_shape(gradient), tf.TensorShape(self.variable.shape)
+        if not shape.is_compatible_with(own):
             raise ValueError(
                 "A gradient must have the shape of its variable. Received: gradient of shape "
                 f"{shape} for {self.path!r} of shape {tuple(self.variable.shape)}"
             )
-        return gradient
+        if not isinstance(gradient, tf.IndexedSlices):
+            return gradient if shape.is_fully_defined() else tf.ensure_shape(gradient, own)
+        values = tf.convert_to_tensor(gradient.values)
+        if values.shape[1:].is_fully_defined():
+            return gradient
+        return tf.IndexedSlices(tf.ensure_shape(values, [None, *own[1:]]), gradient.indices, gradient.dense_shape)
 
     def remember(self, rows: tf.Tensor | None = None) -> Any:
         """Called before the inner optimizer runs.
@@ -246,7 +255,12 @@ class MaskedPartition(Partition):
 
     def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
         bits = tf.convert_to_tensor(tf_variable(self.bits))
-        return transforms.mask_with_bits(self.checked(gradient), bits, self.layout)
+        return transforms.mask_with_bits(self.checked(gradient), bits, self.layout, self.rows)
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows slices can be of; `None` for a scalar, which has none."""
+        return self.variable.shape[0] if len(self.variable.shape) else None
 
     @property
     def mask(self) -> Mask:
@@ -346,6 +360,7 @@ class PermanentPartition(Partition):
         return None
 
     def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
+        gradient = self.checked(gradient)
         if isinstance(gradient, tf.IndexedSlices):
             values = tf.zeros_like(gradient.values)
             return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
@@ -380,7 +395,7 @@ class UnmaskedPartition(Partition):
         self._reason = reason
 
     def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
-        return gradient
+        return self.checked(gradient)
 
     @property
     def mask(self) -> Mask:

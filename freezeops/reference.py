@@ -75,6 +75,8 @@ def expand_mask(mask: tf.Tensor, layout: Layout) -> tf.Tensor:
 def select(condition: tf.Tensor, passing: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
     """`tf.where` on the bits of floats."""
     dtype = passing.dtype
+    if not dtype.is_floating:
+        return tf.where(condition, passing, other)
     integer = integers_like(dtype)
     chosen = tf.where(condition, tf.bitcast(passing, integer), tf.bitcast(other, integer))
     return tf.bitcast(chosen, dtype)
@@ -91,7 +93,7 @@ def _linear(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor],
 
 
 def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """The gradient where the mask's bit is 1, and +0.0 where it is 0. Differentiable."""
+    """The gradient where the mask's bit is 1, and zero where it is 0. Differentiable; of any dtype."""
 
     def masked(gradient: tf.Tensor) -> tf.Tensor:
         flat = tf.reshape(gradient, [layout.size])
@@ -184,7 +186,7 @@ def gather_trainable(
     """The trainable entries of a tensor in order, and zeros up to the capacity.
 
     Args:
-        source: Float tensor of `layout.size` entries.
+        source: Tensor of `layout.size` entries, of any dtype.
         mask: Packed bits.
         offsets: `int64` vector, see `rank_offsets`. Not looked at here: the indices say the same.
         indices: `int32`, `uint32` (below 2**31) or `int64` vector as long as the capacity: the
@@ -201,10 +203,12 @@ def gather_trainable(
     capacity = indices.shape[0]
     if not kept or not capacity:
         return tf.zeros([capacity * inner], source.dtype)
-    rows = tf.reshape(tf.bitcast(source, integers_like(source.dtype)), [kept, inner])
-    gathered = tf.gather(rows, tf.clip_by_value(indices, 0, kept - 1))
+    floating = source.dtype.is_floating
+    whole = tf.bitcast(source, integers_like(source.dtype)) if floating else source
+    gathered = tf.gather(tf.reshape(whole, [kept, inner]), tf.clip_by_value(indices, 0, kept - 1))
     chosen = tf.where(valid_indices(indices, mask, layout)[:, None], gathered, tf.zeros_like(gathered))
-    return tf.bitcast(tf.reshape(chosen, [capacity * inner]), source.dtype)
+    chosen = tf.reshape(chosen, [capacity * inner])
+    return tf.bitcast(chosen, source.dtype) if floating else chosen
 
 
 def read_trainable(

@@ -12,13 +12,15 @@ from freezeops.mask import Mask
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
-def mask_with_bits(gradient: Gradient, bits: tf.Tensor, layout: Layout) -> Gradient:
+def mask_with_bits(gradient: Gradient, bits: tf.Tensor, layout: Layout, rows: int | None = None) -> Gradient:
     """Masks a dense or sparse gradient with packed bits, keeping its kind.
 
     Args:
         gradient: Tensor with `layout.size` entries, or `tf.IndexedSlices` of one.
         bits: `uint8` vector of `layout.packed_bytes` bytes.
         layout: How the bits spread over the dense tensor.
+        rows: How many rows the dense tensor has, where that is known; by default the gradient
+            must say it.
 
     Returns:
         The gradient with +0.0 in the frozen entries; `tf.IndexedSlices` stay
@@ -26,19 +28,22 @@ def mask_with_bits(gradient: Gradient, bits: tf.Tensor, layout: Layout) -> Gradi
     """
     if not isinstance(gradient, tf.IndexedSlices):
         return ops.mask_gradient(tf.convert_to_tensor(gradient), bits, layout)
+    if rows is None:
+        rows = _rows_of(gradient, layout)
+    masked = ops.mask_slices(tf.convert_to_tensor(gradient.values), gradient.indices, bits, layout, rows)
+    return tf.IndexedSlices(masked, gradient.indices, gradient.dense_shape)
+
+
+def _rows_of(gradient: tf.IndexedSlices, layout: Layout) -> int:
     shape = dense_shape(gradient)
-    row_size = shape[1:].num_elements()
     if shape.rank and shape[0] is not None:
-        rows = shape[0]
-    elif row_size:
-        rows = layout.size // row_size
-    else:
+        return shape[0]
+    if not (row_size := shape[1:].num_elements()):
         raise ValueError(
             "`gradient` must have a static `dense_shape`, or values of a static row shape. "
             f"Received: gradient={gradient}"
         )
-    masked = ops.mask_slices(tf.convert_to_tensor(gradient.values), gradient.indices, bits, layout, rows)
-    return tf.IndexedSlices(masked, gradient.indices, gradient.dense_shape)
+    return layout.size // row_size
 
 
 @tf.autograph.experimental.do_not_convert

@@ -848,3 +848,121 @@ def test_capacity_of_numpy_types():
         assert capacities(optimizer) == {"v": room}
     with pytest.raises(ValueError, match="`capacity` must be"):
         fz.MaskedOptimizer(keras.optimizers.SGD(), state="compact", capacity=float("nan"))
+
+
+def _train_with(late, state, mode, make, mask, sparse):
+    """A variable that is told something after the first step, and trained on; its values after each step."""
+    start = np.linspace(-2.0, 2.0, 24, dtype=np.float32).reshape(6, 4)
+    start[0, 0], start[1, 1] = -0.0, np.float32(1e-42)
+    variable = keras.Variable(start, name="w")
+    other = keras.Variable(np.ones(3, np.float32), name="other")
+    inner = make()
+    scaler = isinstance(inner, str)
+    base = keras.optimizers.Adam(0.1) if scaler else inner
+    if inner == "inside":
+        base = keras.optimizers.LossScaleOptimizer(base, initial_scale=4.0)
+    optimizer = fz.MaskedOptimizer(base, masks={"w": mask}, state=state)
+    stepper = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=4.0) if inner == "outside" else optimizer
+    stepper.build([variable, other])
+    factor = 4.0 if scaler else 1.0
+    gradient = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32) * factor
+    if sparse:
+        gradient = tf.IndexedSlices(tf.constant(gradient[[1, 4, 1]]), tf.constant([1, 4, 1]), tf.constant([6, 4]))
+    seen = []
+    for step in range(4):
+        if step == 1:
+            late(variable)
+        if step == 3:
+            variable.constraint, variable.overwrite_with_gradient = None, False
+        gradients = [gradient, None if step == 2 else tf.ones(3) * factor]
+        in_mode(lambda: stepper.apply(gradients, [variable, other]), mode)()  # noqa: B023
+        seen.append(variable.numpy())
+    frozen = ~np.broadcast_to(mask, start.shape)
+    for values in seen:
+        assert_same_bits(values[frozen], start[frozen])
+    return seen
+
+
+def _constrain(constraint):
+    def late(variable):
+        variable.constraint = constraint
+
+    return late
+
+
+def _overwrite(variable):
+    variable.overwrite_with_gradient = True
+
+
+LATE = {
+    "NonNeg": _constrain(keras.constraints.NonNeg()),
+    "MaxNorm": _constrain(keras.constraints.MaxNorm(1.0)),
+    "another dtype": _constrain(lambda w: tf.cast(w, "float64") * 0.5),
+    "overwrite": _overwrite,
+}
+TOLD = {
+    "SGD": lambda: keras.optimizers.SGD(0.1),
+    "Adam": lambda: keras.optimizers.Adam(0.1),
+    "average": lambda: keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2),
+    "accumulation": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+    "scaler inside": lambda: "inside",
+    "scaler outside": lambda: "outside",
+}
+
+
+@pytest.mark.parametrize(
+    "late, make, mode",
+    [
+        *((late, make, "eager") for late in LATE for make in TOLD),
+        *(("MaxNorm", make, "function") for make in ("SGD", "average", "scaler inside", "scaler outside")),
+        *((late, "SGD", "jit") for late in ("MaxNorm", "overwrite")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_what_a_variable_is_told_late_counts_as_in_full_state(late, make, mode):
+    mask = np.arange(24).reshape(6, 4) % 3 > 0
+    full, own = (_train_with(LATE[late], state, mode, TOLD[make], mask, False) for state in ("full", "compact"))
+    for one, other in zip(full, own, strict=True):
+        if mode == "jit":
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+        else:
+            assert_same_bits(other, one)
+
+
+@pytest.mark.parametrize("kind", ["rows", "entries"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_late_constraints_of_rows_and_slices(kind, sparse, backend):
+    mask = np.arange(6)[:, None] % 2 > 0 if kind == "rows" else np.arange(24).reshape(6, 4) % 3 > 0
+    late = _constrain(keras.constraints.UnitNorm())
+    full, own = (_train_with(late, state, "eager", TOLD["Adam"], mask, sparse) for state in ("full", "compact"))
+    for one, other in zip(full, own, strict=True):
+        assert_same_bits(other, one)
+
+
+def test_late_constraint_of_another_shape_is_refused():
+    variable = keras.Variable(np.ones((2, 3), np.float32), name="w")
+    optimizer = fz.MaskedOptimizer(
+        keras.optimizers.SGD(0.1), masks={"w": np.array([[True, True, False]] * 2)}, state="compact"
+    )
+    optimizer.build([variable])
+    variable.constraint = lambda w: tf.transpose(w)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="(?i)shape"):
+        optimizer.apply([np.ones((2, 3), np.float32)], [variable])
+
+
+def test_late_constraint_in_replicas():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    results = []
+    for state in ("full", "compact"):
+        with strategy.scope():
+            variable = keras.Variable(np.linspace(-1.0, 1.0, 6, dtype=np.float32), name="w")
+            mask = np.arange(6) % 2 > 0
+            optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(0.1), masks={"w": mask}, state=state)
+            optimizer.build([variable])
+            variable.constraint = keras.constraints.NonNeg()
+            step = tf.function(lambda: strategy.run(lambda: optimizer.apply([tf.ones(6)], [variable])))  # noqa: B023
+        step()
+        results.append(variable.numpy())
+    assert results[0][1] == 0.0 and results[0][0] == -1.0
+    assert_same_bits(results[1], results[0])

@@ -162,6 +162,65 @@ def test_swap_of_values_that_adding_cannot_swap():
         assert_same_bits(inner._model_variables_moving_average[0].numpy()[:, :5], values[:, :5])
 
 
+AROUND = {
+    "alone": lambda inner, wrap: wrap(inner),
+    "scaler inside": lambda inner, wrap: wrap(keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)),
+    "scaler outside": lambda inner, wrap: keras.optimizers.LossScaleOptimizer(wrap(inner), initial_scale=4.0),
+    "several inside": lambda inner, wrap: wrap(_several(inner)),
+    "several outside": lambda inner, wrap: _several(wrap(inner)),
+}
+
+
+def _several(optimizer):
+    parts = keras.optimizers.OptimizerMap(default_optimizer=keras.optimizers.SGD(0.1))
+    parts[".*kernel"] = optimizer
+    return keras.optimizers.MultiOptimizer(parts)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(
+    "state, mask", [("full", True), ("full", MASK), ("compact", MASK)], ids=["trainable", "full", "compact"]
+)
+def test_swap_ema_weights_under_wrappers(around, state, mask):
+    """Evaluates with the averages, as with the bare optimizer."""
+    if around.startswith("several") and not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("new in Keras 3.15")
+    results, kernels = [], []
+    for wrap in (
+        lambda inner: inner,
+        lambda inner: fz.MaskedOptimizer(inner, masks={"body/kernel": mask}, state=state),
+    ):
+        keras.utils.set_random_seed(1)
+        model = dense_model()
+        kernel = model.get_layer("body").kernel
+        odd = kernel.numpy()
+        odd[0, 0], odd[1, 1] = -0.0, 1e-42
+        kernel.assign(odd)
+        inner = keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.8)
+        model.compile(AROUND[around](inner, wrap), "mse", jit_compile=False)
+        seen = []
+        look = keras.callbacks.Callback()
+        look.on_test_batch_begin = lambda batch, logs=None: seen.append(kernel.numpy())  # noqa: B023
+        callbacks = [keras.callbacks.SwapEMAWeights(), look]
+        history = model.fit(X, Y, epochs=2, verbose=0, shuffle=False, callbacks=callbacks, validation_data=(X, Y))
+        results.append(history.history["val_loss"])
+        kernels.append((odd, [*seen, kernel.numpy()]))
+    if mask is True:
+        assert results[1] == results[0]
+        return
+    odd, seen = kernels[1]
+    for values in seen:
+        assert_same_bits(values[~MASK], odd[~MASK])
+        assert (values[MASK] != odd[MASK]).all()
+
+
+def test_swap_without_averages_is_refused():
+    model = dense_model()
+    model.compile(fz.MaskedOptimizer(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())), "mse")
+    with pytest.raises(ValueError, match="`use_ema=True`"):
+        model.fit(X, Y, verbose=0, validation_data=(X, Y), callbacks=[keras.callbacks.SwapEMAWeights()])
+
+
 def test_swap_without_freezeops_is_as_before():
     model = dense_model()
     model.compile(keras.optimizers.Adam(0.01, use_ema=True), "mse", jit_compile=False)

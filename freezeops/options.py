@@ -1,0 +1,118 @@
+"""Options of the inner optimizer, read from the optimizer around it and set on it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from freezeops import keras_internals
+
+
+class InnerOption:
+    """An attribute of a wrapper that is the inner optimizer's: `clipnorm = InnerOption()`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
+        if wrapper is None:
+            return self
+        # The base class looks at its own defaults, and sets them, before there is an inner optimizer.
+        return getattr(wrapper._option_owner(self._name), self._name) if wrapper._has_inner_optimizer() else None
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        if wrapper._has_inner_optimizer():
+            wrapper._set_option(wrapper._option_owner(self._name), self._name, value)
+
+
+class InnerOptions:
+    """Lends a wrapper the options of what it wraps: a mix-in.
+
+    Those that every optimizer has, and by their names those that only the inner one has, such as
+    `beta_1` or a loss scaler's `dynamic_growth_steps`. Functions that were traced before go on
+    with the options that they were traced with, as with the inner optimizer itself.
+    """
+
+    weight_decay = InnerOption()
+    clipnorm = InnerOption()
+    global_clipnorm = InnerOption()
+    clipvalue = InnerOption()
+    use_ema = InnerOption()
+    ema_momentum = InnerOption()
+    ema_overwrite_frequency = InnerOption()
+    update_step = InnerOption()
+
+    def __getattr__(self, name: str) -> Any:
+        # Called where the usual way found nothing.
+        if hasattr(type(self), name):
+            # A property raised: as it did, not as if there were none.
+            return object.__getattribute__(self, name)
+        if (owner := self._owner_of_its_own(name)) is not None:
+            value = getattr(owner, name)
+            if not callable(value):
+                return value
+            raise AttributeError(
+                f"A MaskedOptimizer has no {name!r}, but its inner optimizer has: what that writes is not guarded. "
+                f"Received: name={name!r}. Call it on `optimizer.inner_optimizer`"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in vars(self) or hasattr(type(self), name)
+        if own or (owner := self._owner_of_its_own(name)) is None:
+            super().__setattr__(name, value)
+        else:
+            self._set_option(owner, name, value)
+
+    def _has_inner_optimizer(self) -> bool:
+        return bool({"inner_optimizer", "_inner_optimizer"} & vars(self).keys())
+
+    def _inside(self) -> Iterator[Any]:
+        return keras_internals.wrapped_optimizers(self.inner_optimizer)
+
+    def _option_owner(self, name: str) -> Any:
+        """The optimizer that an option is of.
+
+        Raises:
+            AttributeError: If there are several.
+        """
+        inside = list(self._inside())
+        if any(map(keras_internals.is_multi_optimizer, inside)):
+            raise AttributeError(
+                f"`{name}` must be read from the parts of a MultiOptimizer, and set on them: "
+                f"`optimizer.inner_optimizer.optimizers[0].{name}`, for example. Received: name={name!r} of a "
+                "MaskedOptimizer around several optimizers"
+            )
+        return inside[-1]
+
+    def _owner_of_its_own(self, name: str) -> Any:
+        """What is wrapped and has a public attribute that this one has not; `None` where nothing has."""
+        # `_state` is the first attribute of this one's own that is private: before, it is not all there.
+        if name.startswith("_") or "_state" not in vars(self):
+            return None
+        for part in self._inside():
+            if not keras_internals.is_multi_optimizer(part) and hasattr(part, name):
+                several = any(map(keras_internals.is_multi_optimizer, self._inside()))
+                return self._option_owner(name) if several else part
+        return None
+
+    @staticmethod
+    def _set_option(optimizer: Any, name: str, value: Any) -> None:
+        """Sets an option of an inner optimizer.
+
+        Raises:
+            ValueError: If that needs slots, and the optimizer was built without them.
+        """
+        built = getattr(optimizer, "built", False) or getattr(optimizer, "_built", False)
+        slots = _SLOTS.get(name)
+        if value and built and slots is not None and not hasattr(optimizer, slots):
+            raise ValueError(
+                f"`{name}` must be set before the optimizer is built, which makes slots for it. "
+                f"Received: {name}={value!r} for {optimizer.name!r}, which is built without"
+            )
+        setattr(optimizer, name, value)
+
+
+_SLOTS = {
+    "use_ema": "_model_variables_moving_average",
+    "gradient_accumulation_steps": "_accumulated_gradients",
+}
+"""By the option that needs them: where an optimizer has its slots."""
