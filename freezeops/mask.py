@@ -1,6 +1,7 @@
 """The `Mask` value type: an immutable, bit-packed boolean mask. True = trainable."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from freezeops import layout as layouts
 from freezeops import ops
 from freezeops.layout import Layout, Shape
+from freezeops.messages import short
 
 
 class Mask:
@@ -44,8 +46,8 @@ class Mask:
             ValueError: If layout, shape and length do not belong together.
         """
         shape = _check_shape(shape)
-        layout = Layout(*(int(x) for x in layout))
-        if min(layout) < 0 or layout.size != math.prod(shape):
+        layout = _check_layout(layout)
+        if layout.size != math.prod(shape):
             raise ValueError(
                 "`layout` must be (outer, kept, inner) with a product equal to the number of "
                 f"entries of `shape`. Received: layout={tuple(layout)}, shape={shape}"
@@ -310,9 +312,22 @@ def _rank_hint(array_shape: Shape, shape: Shape, name: str) -> str:
 
 def _check_shape(shape: Any) -> Shape:
     try:
-        return tuple(int(size) for size in shape)
+        sizes = tuple(operator.index(size) for size in shape)
     except TypeError:
-        raise ValueError(f"`shape` must be a sequence of known sizes. Received: shape={shape!r}") from None
+        sizes = (-1,)
+    if min(sizes, default=0) < 0 or math.prod(size or 1 for size in sizes) >= 2**63:
+        raise ValueError(f"`shape` must be a sequence of known sizes. Received: shape={short(shape)}")
+    return sizes
+
+
+def _check_layout(layout: Any) -> Layout:
+    try:
+        outer, kept, inner = _check_shape(layout)
+    except ValueError:
+        raise ValueError(
+            f"`layout` must be (outer, kept, inner), three sizes. Received: layout={short(layout)}"
+        ) from None
+    return Layout(outer, kept, inner)
 
 
 def _flags(entries: Any, size: int, name: str) -> np.ndarray:

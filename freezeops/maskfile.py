@@ -7,12 +7,14 @@ the packed bits of each mask, in that order, without gaps.
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from freezeops import checkedfile
 from freezeops.layout import Layout
 from freezeops.mask import Mask
+from freezeops.messages import short
 from freezeops.optimizer import MaskedOptimizer
 from freezeops.rules import ExactPath
 
@@ -28,10 +30,11 @@ def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
 
     Args:
         optimizer: A built `MaskedOptimizer`.
-        path: The file; an existing one is replaced.
+        path: The file; an existing one is replaced, with its mode kept; of a symbolic link its target is.
 
     Raises:
-        ValueError: If the optimizer is not built, or two of its variables have one path.
+        ValueError: If the optimizer is not built, two of its variables have one path, or `path` is that of a folder,
+            a device or the like.
     """
     masks = optimizer.masks_by_path()
     header = {
@@ -80,16 +83,33 @@ def _read(path: Path) -> dict[str, Mask]:
     """The masks of a file by path, or an error that says what is wrong with it."""
     header, content = checkedfile.read(path, _KIND)
     if header.get("polarity") != _POLARITY or header.get("bit_order") != _BIT_ORDER:
-        what = f"its polarity is {header.get('polarity')!r}, its bit order {header.get('bit_order')!r}"
+        what = f"its polarity is {short(header.get('polarity'))}, its bit order {short(header.get('bit_order'))}"
         raise checkedfile.refusal(path, _KIND, what)
-    masks = {}
-    offset = 0
     try:
-        for entry in header["masks"]:
-            layout = Layout(*entry["layout"])
-            bits = np.frombuffer(content, np.uint8, layout.packed_bytes, offset)
-            masks[str(entry["path"])] = Mask(entry["shape"], layout, bits)
-            offset += layout.packed_bytes
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkedfile.refusal(path, _KIND, f"its header does not describe masks: {error!r}") from None
+        return _parse(header, content)
+    except ValueError as error:
+        raise checkedfile.refusal(path, _KIND, f"its header does not describe masks: {error}") from None
+
+
+def _parse(header: dict[str, Any], content: bytes) -> dict[str, Mask]:
+    """The masks that a header describes, by path.
+
+    Raises:
+        ValueError: If it describes none, or others than the bytes behind it.
+    """
+    masks: dict[str, Mask] = {}
+    offset = 0
+    for entry in checkedfile.field(header, "masks", list):
+        path, shape = checkedfile.field(entry, "path", str), checkedfile.sizes(entry, "shape")
+        sizes = checkedfile.sizes(entry, "layout")
+        if len(sizes) != 3:
+            raise ValueError(f"`layout` must be (outer, kept, inner). Received: {short(sizes)}")
+        if path in masks:
+            raise ValueError(f"every mask must have a path of its own. Received: {short(path)} twice")
+        layout = Layout(*sizes)
+        packed = np.frombuffer(content[offset : offset + layout.packed_bytes], np.uint8)
+        masks[path] = Mask(shape, layout, packed)
+        offset += layout.packed_bytes
+    if offset != len(content):
+        raise ValueError(f"there must be {offset} bytes of masks. Received: {len(content)} bytes")
     return masks
