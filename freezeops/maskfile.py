@@ -14,8 +14,8 @@ import numpy as np
 from freezeops import checkedfile
 from freezeops.layout import Layout
 from freezeops.mask import Mask
+from freezeops.masking import masked_optimizer
 from freezeops.messages import short
-from freezeops.optimizer import MaskedOptimizer
 from freezeops.rules import ExactPath
 
 _KIND = checkedfile.Kind(b"freezeops masks\n", 1, "mask file", "save_masks")
@@ -23,20 +23,20 @@ _POLARITY = "1 = trainable"
 _BIT_ORDER = "little"
 
 
-def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
+def save_masks(optimizer: Any, path: str | os.PathLike) -> None:
     """Writes the masks of an optimizer's variables to a file.
 
     A crash leaves the old file or the new one, never a part of one.
 
     Args:
-        optimizer: A built `MaskedOptimizer`.
+        optimizer: A built `MaskedOptimizer`, or the `LossScaleOptimizer` that Keras put around it.
         path: The file; an existing one is replaced, with its mode kept; of a symbolic link its target is.
 
     Raises:
         ValueError: If the optimizer is not built, two of its variables have one path, or `path` is that of a folder,
             a device or the like.
     """
-    masks = optimizer.masks_by_path()
+    masks = masked_optimizer(optimizer).masks_by_path()
     header = {
         "polarity": _POLARITY,
         "bit_order": _BIT_ORDER,
@@ -48,7 +48,7 @@ def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
 
 
 def load_masks(
-    optimizer: MaskedOptimizer,
+    optimizer: Any,
     path: str | os.PathLike,
     rename: Mapping[str, str] | None = None,
 ) -> None:
@@ -57,7 +57,7 @@ def load_masks(
     Masks find their variables by path, whatever the order of the variables is.
 
     Args:
-        optimizer: A `MaskedOptimizer`, built or not.
+        optimizer: A `MaskedOptimizer`, built or not, or the `LossScaleOptimizer` that Keras put around it.
         path: A file that `save_masks` wrote.
         rename: Optional mapping from paths in the file to paths of the model.
 
@@ -67,15 +67,17 @@ def load_masks(
             names a path that is not in it; or if a path or shape does not fit the
             optimizer's variables. Nothing has changed then.
     """
+    optimizer = masked_optimizer(optimizer)
     masks = _read(Path(path))
     rename = dict(rename or {})
     if unknown := sorted(set(rename) - set(masks)):
         raise ValueError(
-            f"`rename` must map paths that are in the file. Received: {unknown}, for a file with {sorted(masks)}"
+            f"`rename` must map paths that are in the file. Received: {short(unknown)}, for a file with "
+            f"{short(sorted(masks))}"
         )
     renamed = {rename.get(name, name): mask for name, mask in masks.items()}
     if len(renamed) != len(masks):
-        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={rename}")
+        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={short(rename)}")
     optimizer.register_masks({ExactPath(name): mask for name, mask in renamed.items()})
 
 

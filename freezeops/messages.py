@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 _ENTRIES = 8
+_LENGTH = 500
 
 
 class _Repr(reprlib.Repr):
@@ -14,7 +15,7 @@ class _Repr(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel = 3
+        self.maxlevel = 2
         self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = self.maxarray = _ENTRIES
         self.maxstring = self.maxother = 200
         self.maxlong = 40
@@ -62,6 +63,8 @@ def short(value: Any) -> str:
     its first entries.
     """
     text = _REPR.repr(value)
+    if len(text) > _LENGTH:
+        text = f"{text[:_LENGTH]}..."
     if isinstance(value, list | tuple | set | frozenset | dict) and len(value) > _ENTRIES:
         return f"{text} (a {type(value).__name__} of {len(value)})"
     return text
