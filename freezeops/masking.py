@@ -264,20 +264,27 @@ class Masking:
                     )
                 mask = changes.get(position, part.mask)
                 changes[position] = part.fit(rule.apply_to(mask))
-        before = {position: self._state.partitions[position].mask for position in changes}
-        try:
-            self._set_masks(changes)
-        except BaseException:
-            # Out of memory, or interrupted: half of the masks must not stay.
-            self._set_masks(before)
-            raise
+        self._set_masks(changes)
 
     def _set_masks(self, masks: Mapping[int, Mask]) -> None:
-        """Sets masks that fit, given by position."""
-        for position, mask in masks.items():
-            self._before_change(position, mask)
-            self._state.partitions[position].assign(mask)
-        self._after_change(set(masks))
+        """Sets masks that fit, given by position: all of them or, should it fail half-way, none."""
+        parts = self._state.partitions
+        before = {position: parts[position].mask for position in masks}
+        begun: list[int] = []
+        try:
+            for position, mask in masks.items():
+                self._before_change(position, mask)
+                begun.append(position)
+                parts[position].assign(mask)
+            self._after_change(set(masks))
+        except BaseException:  # no memory, or an interruption
+            for position in begun:
+                # The last one may lack its mask; what was to be done before is done.
+                parts[position].assign(masks[position])
+                self._before_change(position, before[position])
+                parts[position].assign(before[position])
+            self._after_change(set(begun))
+            raise
 
     # Building.
 
