@@ -3,6 +3,7 @@
 Polarity, everywhere: True = trainable, False = frozen.
 """
 
+from freezeops import _native
 from freezeops._version import __version__ as __version__
 from freezeops.delta import apply_delta as apply_delta
 from freezeops.delta import export_delta as export_delta
@@ -16,3 +17,6 @@ from freezeops.slots import declare_slots as declare_slots
 from freezeops.transforms import mask_gradient as mask_gradient
 from freezeops.transforms import mask_gradients as mask_gradients
 from freezeops.transforms import partial_stop_gradient as partial_stop_gradient
+
+# `tf.saved_model.load` of a train step asks TensorFlow for its ops by name.
+_native.register_ops()

@@ -2,7 +2,10 @@
 
 A library of ops works with the TensorFlow minor version it was compiled for and with no other. That it loads proves
 nothing (one for 2.19 loads in 2.18 and is misread there), so versions are compared before anything is loaded. Without
-a library everything works on the reference twins; a warning says so once.
+a library everything works on the reference twins; a warning says so once, at the first use.
+
+The import of freezeops loads the library (some 15 ms), so that its ops are registered: `tf.saved_model.load` of what
+was traced with them asks for them by name.
 """
 
 import ctypes
@@ -29,6 +32,7 @@ _REMEDY = "pip install --no-deps --force-reinstall ."
 
 _lock = threading.Lock()
 _loaded: "_Outcome | None" = None
+_warned = False
 _host: tuple[ModuleType | None, str] | None = None
 
 
@@ -145,13 +149,17 @@ def _read_build_info(library: Path) -> tuple[dict[str, Any], str]:
 
 def _is_whole(library: Path) -> bool:
     """Whether a shared library is as long as its header says: the loader of the system crashes on a truncated one."""
-    content = library.read_bytes()
-    if len(content) < 64 or content[:6] != b"\x7fELF\x02\x01":  # 64 bit, little endian
+    try:
+        with library.open("rb") as file:
+            header, length = file.read(64), os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # 64 bit, little endian
         return False
     # The table of sections is the last thing in the file: offset, and size and number of its entries.
-    (offset,) = struct.unpack_from("<Q", content, 40)
-    size, number = struct.unpack_from("<HH", content, 58)
-    return offset + size * number <= len(content)
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    size, number = struct.unpack_from("<HH", header, 58)
+    return offset + size * number <= length
 
 
 def _examine(library: Path, running: str) -> LibraryReport:
@@ -188,13 +196,13 @@ def _find_and_load() -> _Outcome:
                 first_line = next(iter(str(error).splitlines()), type(error).__name__)
                 report = dataclasses.replace(report, reason=f"it could not be loaded: {first_line}")
         reports.append(report)
-    outcome = _Outcome(module, reports)
-    if module is None:
-        _warn(running, reports)
-    return outcome
+    return _Outcome(module, reports)
 
 
-def _warn(running: str, reports: list[LibraryReport]) -> None:
+def _warn(reports: list[LibraryReport]) -> None:
+    import tensorflow as tf
+
+    running = tf.__version__
     if reports:
         found = "; ".join(f"{report.path.name}: {report.reason}" for report in reports)
         found = f"Found and refused: {found}."
@@ -205,16 +213,30 @@ def _warn(running: str, reports: list[LibraryReport]) -> None:
         f"with the same results. {found} To build them for this TensorFlow, run `{_REMEDY}` in freezeops's source "
         "tree. To do without them and without this warning, set FREEZEOPS_BACKEND=reference.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
-def _outcome() -> _Outcome:
-    global _loaded
+def _outcome(used: bool = True) -> _Outcome:
+    """What was found, loaded at the first call; warns once where there is no library and it is to be used."""
+    global _loaded, _warned
     with _lock:
         if _loaded is None:
             _loaded = _find_and_load()
-        return _loaded
+        outcome, first_use = _loaded, used and not _warned
+        _warned = _warned or used
+    if outcome.module is None and first_use:
+        _warn(outcome.reports)
+    return outcome
+
+
+def register_ops() -> None:
+    """Loads the compiled ops, so that TensorFlow knows them by name; says nothing where there are none.
+
+    Does nothing where `FREEZEOPS_BACKEND=reference` asks for none.
+    """
+    if not _reference_is_asked_for():
+        _outcome(used=False)
 
 
 def op_library() -> ModuleType | None:

@@ -17,6 +17,7 @@ from freezeops import ops, partition, reference, transforms
 from freezeops.keras_internals import Variable, components, replica_number, variable_path
 from freezeops.layout import Layout, elementwise
 from freezeops.mask import Mask
+from freezeops.messages import short
 from freezeops.partition import MaskedPartition, Plan, fit
 
 Capacity: TypeAlias = int | float
@@ -30,12 +31,12 @@ def check_capacity(capacity: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(
                 "`capacity` must be a number of entries (int) or a share of them (float), or map path patterns to "
-                f"those. Received: capacity={capacity!r}"
+                f"those. Received: capacity={short(capacity)}"
             )
         if not float(value) >= 0 or (not isinstance(value, numbers.Integral) and float(value) > 1):
             raise ValueError(
                 "`capacity` must be an int that is not negative, or a float from 0.0 to 1.0. Received: "
-                f"capacity={capacity!r}"
+                f"capacity={short(capacity)}"
             )
 
 

@@ -9,6 +9,7 @@ each, the positions and the new values.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import keras
 import numpy as np
 
 from freezeops import checkedfile, naming, ops
+from freezeops.messages import short
 
 _KIND = checkedfile.Kind(b"freezeops delta\n", 1, "delta file", "export_delta")
 
@@ -32,10 +34,11 @@ def export_delta(model: keras.Model, base: keras.Model | Mapping[str, np.ndarray
         model: The trained model.
         base: The model that it was trained from, or a mapping of variable paths to arrays:
             `{v.path: v.numpy() for v in model.weights}` before training.
-        path: The file; an existing one is replaced.
+        path: The file; an existing one is replaced, with its mode kept; of a symbolic link its target is.
 
     Raises:
-        ValueError: If two weights have one path, or the two differ in paths, shapes or dtypes.
+        ValueError: If two weights have one path, the two differ in paths, shapes or dtypes, or `path` is that of a
+            folder, a device or the like.
     """
     weights = _weights(model)
     old = _matched(weights, _arrays(base), "base")
@@ -43,8 +46,7 @@ def export_delta(model: keras.Model, base: keras.Model | Mapping[str, np.ndarray
     for name, variable in weights.items():
         new = np.ascontiguousarray(variable.numpy())
         changed = np.flatnonzero(_bits(new) != _bits(old[name]))
-        index_type = np.uint32 if new.size <= 2**32 else np.uint64
-        as_indices = changed.astype(index_type).tobytes()
+        as_indices = changed.astype(_index_type(new.size)).tobytes()
         as_bits = b""
         if len(as_indices) > (new.size + 7) // 8:
             flags = np.zeros(new.size, bool)
@@ -73,37 +75,42 @@ def apply_delta(model: keras.Model, path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, altered or none of ours, or if the model is
-            not the file's base. Nothing has changed then.
+        ValueError: If the file is truncated, altered or none of ours, if what it says
+            does not fit together, or if the model is not the file's base. Nothing has
+            changed then.
     """
-    header, content = checkedfile.read(Path(path), _KIND)
+    path = Path(path)
+    header, content = checkedfile.read(path, _KIND)
+    try:
+        entries = _parse(header)
+    except ValueError as error:
+        raise _refusal(path, f"its header does not describe weights: {error}") from None
     weights = _weights(model)
-    entries = [_Entry(tuple(entry.pop("shape")), **entry) for entry in header["variables"]]
-    own_names = {entry: name for name, entry in _matched(weights, {e.path: e for e in entries}, "file").items()}
-    values: list[tuple[keras.Variable, np.ndarray]] = []
+    own_names = {entry.path: name for name, entry in _matched(weights, entries, "file").items()}
+    changes: list[_Change] = []
     offset = 0
-    for entry in entries:  # in the order of the file
-        name = own_names[entry]
-        array = np.array(weights[name].numpy())
+    for entry in entries.values():  # in the order of the file
+        variable = weights[own_names[entry.path]]
+        array = np.asarray(variable.numpy())
         if _checksum(array) != entry.base:
             raise ValueError(
                 "A delta must be applied to the weights that it was made against. Received: other values in "
-                f"{name!r} than the base of {str(path)!r} has"
+                f"{own_names[entry.path]!r} than the base of {str(path)!r} has"
             )
-        count, size = entry.changed, array.size
-        if entry.positions == "bits":
-            packed = np.frombuffer(content, np.uint8, (size + 7) // 8, offset)
-            changed, length = ops.bit_indices(packed, size), packed.nbytes
-        else:
-            changed = np.frombuffer(content, np.uint32 if size <= 2**32 else np.uint64, count, offset)
-            length = changed.nbytes
-        new = np.frombuffer(content, array.dtype, count, offset + length)
-        offset += length + new.nbytes
-        if count:
-            array.reshape(-1)[changed] = new
-            values.append((weights[name], array))
-    for variable, array in values:
-        variable.assign(array)
+        length = entry.position_bytes + entry.changed * array.itemsize
+        if length > len(content) - offset:
+            raise _refusal(path, f"the changes of {short(entry.path)} are missing")
+        try:
+            positions = _positions(entry, content, offset)
+        except ValueError as error:
+            raise _refusal(path, f"the positions of {short(entry.path)} are wrong: {error}") from None
+        new = np.frombuffer(content, array.dtype, entry.changed, offset + entry.position_bytes)
+        offset += length
+        if entry.changed:
+            changes.append(_Change(variable, positions, array.reshape(-1)[positions], new))
+    if offset != len(content):
+        raise _refusal(path, f"there are {len(content) - offset} bytes that belong to no weight")
+    _assign(changes)
 
 
 class _Entry(NamedTuple):
@@ -116,13 +123,99 @@ class _Entry(NamedTuple):
     changed: int
     positions: str
 
+    @property
+    def size(self) -> int:
+        """Number of entries of the variable."""
+        return math.prod(self.shape)
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of the positions of the changed entries."""
+        if self.positions == "bits":
+            return (self.size + 7) // 8
+        return self.changed * _index_type(self.size).itemsize
+
+
+class _Change(NamedTuple):
+    """What becomes of one variable: positions in the flattened variable, values there before and from then on."""
+
+    variable: keras.Variable
+    positions: np.ndarray
+    old: np.ndarray
+    new: np.ndarray
+
+    def assign(self, values: np.ndarray) -> None:
+        array = np.array(self.variable.numpy(), order="C")
+        array.reshape(-1)[self.positions] = values
+        self.variable.assign(array)
+
+
+def _assign(changes: list[_Change]) -> None:
+    """Carries changes out, all of them or, should it fail half-way, none."""
+    begun: list[_Change] = []
+    try:
+        for change in changes:
+            begun.append(change)
+            change.assign(change.new)
+    except BaseException:
+        for change in begun:
+            change.assign(change.old)
+        raise
+
+
+def _parse(header: Any) -> dict[str, _Entry]:
+    """What a header says of each variable, by the path in the file.
+
+    Raises:
+        ValueError: If it cannot be so.
+    """
+    entries: dict[str, _Entry] = {}
+    for given in checkedfile.field(header, "variables", list):
+        texts = {name: checkedfile.field(given, name, str) for name in ("path", "dtype", "base", "positions")}
+        shape, changed = checkedfile.sizes(given, "shape"), checkedfile.field(given, "changed", int)
+        entry = _Entry(shape=shape, changed=changed, **texts)
+        if not 0 <= changed <= entry.size:
+            raise ValueError(f"`changed` must be from 0 to {entry.size}. Received: {short(changed)}")
+        if entry.positions not in ("indices", "bits"):
+            raise ValueError(f"`positions` must be 'indices' or 'bits'. Received: {short(entry.positions)}")
+        if entry.path in entries:
+            raise ValueError(f"every variable must have a path of its own. Received: {short(entry.path)} twice")
+        entries[entry.path] = entry
+    return entries
+
+
+def _positions(entry: _Entry, content: bytes, offset: int) -> np.ndarray:
+    """The positions of the changed entries in the flattened variable.
+
+    Raises:
+        ValueError: If these are not as many as the header says, in ascending order and inside of the variable.
+    """
+    if entry.positions == "bits":
+        packed = np.frombuffer(content, np.uint8, entry.position_bytes, offset)
+        positions = ops.bit_indices(packed, entry.size)
+        if len(positions) != entry.changed:
+            raise ValueError(f"{len(positions)} bits are set. Received: changed={entry.changed}")
+        return positions
+    positions = np.frombuffer(content, _index_type(entry.size), entry.changed, offset)
+    if len(positions) and (positions[-1] >= entry.size or (positions[1:] <= positions[:-1]).any()):
+        raise ValueError(f"they must ascend, up to {entry.size - 1}. Received: {short(positions)}")
+    return positions
+
+
+def _index_type(size: int) -> np.dtype:
+    return np.dtype(np.uint32 if size <= 2**32 else np.uint64)
+
+
+def _refusal(path: Path, what: str) -> ValueError:
+    return checkedfile.refusal(path, _KIND, what)
+
 
 def _weights(model: keras.Model) -> dict[str, keras.Variable]:
     weights = {variable.path: variable for variable in model.weights}
     if len(weights) < len(model.weights):
         paths = [variable.path for variable in model.weights]
         twice = sorted({name for name in paths if paths.count(name) > 1})
-        raise ValueError(f"Every weight must have a path of its own. Received: {twice} more than once")
+        raise ValueError(f"Every weight must have a path of its own. Received: {short(twice)} more than once")
     return weights
 
 
@@ -131,7 +224,7 @@ def _arrays(base: Any) -> dict[str, np.ndarray]:
         return {name: variable.numpy() for name, variable in _weights(base).items()}
     if isinstance(base, Mapping):
         return {name: np.asarray(value) for name, value in base.items()}
-    raise TypeError(f"`base` must be a model, or map paths of variables to arrays. Received: base={base!r}")
+    raise TypeError(f"`base` must be a model, or map paths of variables to arrays. Received: base={short(base)}")
 
 
 def _matched(weights: Mapping[str, keras.Variable], other: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -143,8 +236,8 @@ def _matched(weights: Mapping[str, keras.Variable], other: Mapping[str, Any], wh
     positions = naming.match(list(other), list(weights))
     if positions is None:
         raise ValueError(
-            f"The {what} must have the weights of the model. Received: {sorted(other.keys() - weights.keys())} "
-            f"that the model has not, and not {sorted(weights.keys() - other.keys())} that it has"
+            f"The {what} must have the weights of the model. Received: {short(sorted(other.keys() - weights.keys()))} "
+            f"that the model has not, and not {short(sorted(weights.keys() - other.keys()))} that it has"
         )
     values = list(other.values())
     matched = {name: values[position] for name, position in zip(weights, positions, strict=True)}

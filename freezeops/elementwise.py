@@ -5,6 +5,7 @@ from typing import TypeVar
 import keras
 
 from freezeops.keras_internals import base_optimizers, is_multi_optimizer, wrapped_optimizers
+from freezeops.messages import short
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -59,7 +60,7 @@ def declare_elementwise(optimizer_class: _Class) -> _Class:
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, keras.optimizers.Optimizer)):
         raise TypeError(
             "`optimizer_class` must be a subclass of keras.optimizers.Optimizer. "
-            f"Received: optimizer_class={optimizer_class!r}"
+            f"Received: optimizer_class={short(optimizer_class)}"
         )
     _ELEMENTWISE.add(optimizer_class)
     return optimizer_class

@@ -14,6 +14,7 @@ from freezeops import keras_internals, masking, rules
 from freezeops.checkpoints import MaskStore
 from freezeops.keras_internals import Variable
 from freezeops.masking import FrozenEntries
+from freezeops.messages import short
 from freezeops.options import InnerOption, InnerOptions
 from freezeops.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
 
@@ -40,8 +41,9 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
 
     Args:
         inner_optimizer: A `tf_keras.optimizers.Optimizer`, `LossScaleOptimizer` included.
-        masks: Optional mapping of path patterns to masks, as by `register_mask`. A path
-            is the variable's name without `:0`, such as `"dense/kernel"`.
+        masks: Optional mapping of path patterns to masks, as by `register_mask`, or a list
+            of `(target, mask)` pairs. A path is the variable's name without `:0`, such as
+            `"dense/kernel"`.
         maskable: Optional mapping of path patterns to `"elements"` (one bit per
             entry), `"rows"`, `"columns"` or `"none"`: what is set aside for masks
             when the optimizer is built. By default one bit per entry, or per row or
@@ -77,7 +79,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
     def __init__(
         self,
         inner_optimizer: tf_keras.optimizers.Optimizer,
-        masks: Mapping[Any, Any] | None = None,
+        masks: Mapping[Any, Any] | Sequence[tuple[Any, Any]] | None = None,
         maskable: Mapping[str, str] | None = None,
         name: str | None = None,
         **kwargs: Any,
@@ -368,7 +370,7 @@ def _unzip(grads_and_vars: Any) -> tuple[list[Any], list[tf.Variable]]:
 
 
 def _check_inner(inner_optimizer: Any) -> None:
-    received = f"Received: inner_optimizer={inner_optimizer!r} of type {type(inner_optimizer).__name__}"
+    received = f"Received: inner_optimizer={short(inner_optimizer)} of type {type(inner_optimizer).__name__}"
     if isinstance(inner_optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             "`inner_optimizer` must be a tf_keras.optimizers.Optimizer. For an optimizer of Keras 3 use "
@@ -403,5 +405,5 @@ def _check_knows(base: Any, variables: Sequence[tf.Variable]) -> None:
     if unknown:
         raise ValueError(
             "`inner_optimizer` must not be built yet, or be built with the variables that are trained. Received: an "
-            f"optimizer built without {unknown}"
+            f"optimizer built without {short(unknown)}"
         )

@@ -1,7 +1,8 @@
 """The `Mask` value type: an immutable, bit-packed boolean mask. True = trainable."""
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from freezeops import layout as layouts
 from freezeops import ops
 from freezeops.layout import Layout, Shape
+from freezeops.messages import short
 
 
 class Mask:
@@ -44,8 +46,8 @@ class Mask:
             ValueError: If layout, shape and length do not belong together.
         """
         shape = _check_shape(shape)
-        layout = Layout(*(int(x) for x in layout))
-        if min(layout) < 0 or layout.size != math.prod(shape):
+        layout = _check_layout(layout)
+        if layout.size != math.prod(shape):
             raise ValueError(
                 "`layout` must be (outer, kept, inner) with a product equal to the number of "
                 f"entries of `shape`. Received: layout={tuple(layout)}, shape={shape}"
@@ -89,7 +91,7 @@ class Mask:
                     f"Received: mask.shape={array.shape}, shape={_check_shape(shape)}"
                 )
             return array
-        array = np.asarray(array)
+        array = as_array(array, "mask")
         if array.dtype != np.bool_:
             raise TypeError(
                 "`mask` must be boolean (True = trainable, False = frozen). Received: an array "
@@ -310,14 +312,27 @@ def _rank_hint(array_shape: Shape, shape: Shape, name: str) -> str:
 
 def _check_shape(shape: Any) -> Shape:
     try:
-        return tuple(int(size) for size in shape)
+        sizes = tuple(operator.index(size) for size in shape)
     except TypeError:
-        raise ValueError(f"`shape` must be a sequence of known sizes. Received: shape={shape!r}") from None
+        sizes = (-1,)
+    if min(sizes, default=0) < 0 or math.prod(size or 1 for size in sizes) >= 2**63:
+        raise ValueError(f"`shape` must be a sequence of known sizes. Received: shape={short(shape)}")
+    return sizes
+
+
+def _check_layout(layout: Any) -> Layout:
+    try:
+        outer, kept, inner = _check_shape(layout)
+    except ValueError:
+        raise ValueError(
+            f"`layout` must be (outer, kept, inner), three sizes. Received: layout={short(layout)}"
+        ) from None
+    return Layout(outer, kept, inner)
 
 
 def _flags(entries: Any, size: int, name: str) -> np.ndarray:
     """A boolean vector from indices or from booleans."""
-    array = np.asarray(entries)
+    array = as_array(entries, name)
     if array.dtype == np.bool_:
         if array.shape != (size,):
             raise ValueError(
@@ -330,6 +345,57 @@ def _flags(entries: Any, size: int, name: str) -> np.ndarray:
     return flags
 
 
+def as_array(value: Any, name: str) -> np.ndarray:
+    """What a user gave, as an array.
+
+    Args:
+        value: An array, a list or a number.
+        name: The argument's name, for the message.
+
+    Raises:
+        TypeError: If it is something that NumPy makes no array of: a set, a `dict.values()`, a generator.
+        ValueError: If it is a list of lists that differ in length.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}` must be an array, or a list of lists of one length. Received: {name}={short(value)}: {error}"
+        ) from None
+    if array.dtype == object:
+        unpacked = not array.ndim and isinstance(value, Iterable)
+        hint = f" Write `list({name})`." if unpacked else ""
+        raise TypeError(
+            f"`{name}` must be an array or a list, of booleans or of integers. Received: {name}={short(value)} of "
+            f"type {type(value).__name__}.{hint}"
+        )
+    return array
+
+
+def check_not_flags(array: np.ndarray, size: int, name: str) -> None:
+    """Raises where integers could be meant as booleans: a vector of zeros and ones as long as the axis.
+
+    Not where each occurs once: `[0, 1]` on an axis of length 2 names both entries. Nobody who means indices repeats
+    them so that there are exactly as many as the axis is long.
+
+    Args:
+        array: Integer indices.
+        size: Length of the axis.
+        name: The argument's name, for the message.
+
+    Raises:
+        ValueError: If it is ambiguous.
+    """
+    if array.shape != (size,) or not np.issubdtype(array.dtype, np.integer) or not size:
+        return
+    if array.min() >= 0 and array.max() <= 1 and len(np.unique(array)) < size:
+        raise ValueError(
+            f"`{name}` must be clearly booleans or clearly indices: zeros and ones, as many as the axis is long, could "
+            f"be either. Received: {name}={short(array)}. Write `np.array({name}, bool)` to name the entries where it "
+            f"is 1, or `np.unique({name})` to name the entries 0 and 1."
+        )
+
+
 def check_indices(array: np.ndarray, size: int, name: str) -> np.ndarray:
     """Integer indices along an axis, or an error.
 
@@ -340,7 +406,7 @@ def check_indices(array: np.ndarray, size: int, name: str) -> np.ndarray:
 
     Raises:
         TypeError: If `array` is not of an integer type.
-        ValueError: If it has more than one axis.
+        ValueError: If it has more than one axis, or could be meant as booleans (`check_not_flags`).
         IndexError: If an index is outside the axis.
     """
     if not array.size:
@@ -361,4 +427,5 @@ def check_indices(array: np.ndarray, size: int, name: str) -> np.ndarray:
             f"`{name}` must hold indices from {-size} to {size - 1}. "
             f"Received: indices from {array.min()} to {array.max()}"
         )
+    check_not_flags(array, size, name)
     return array

@@ -8,31 +8,32 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from freezeops import checkedfile, mask_sources
 from freezeops.layout import Layout
 from freezeops.mask import Mask
-from freezeops.optimizer import MaskedOptimizer
-from freezeops.stored import BIT_ORDER, POLARITY, Stored, StoredMask
+from freezeops.masking import masked_optimizer
+from freezeops.messages import short
+from freezeops.stored import BIT_ORDER, POLARITY, Stored, StoredMask, take_mask
 
 _KIND = checkedfile.Kind(b"freezeops masks\n", 1, "mask file", "save_masks")
 
 
-def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
+def save_masks(optimizer: Any, path: str | os.PathLike) -> None:
     """Writes the masks of an optimizer's variables to a file.
 
     A crash leaves the old file or the new one, never a part of one.
 
     Args:
-        optimizer: A built `MaskedOptimizer`.
-        path: The file; an existing one is replaced.
+        optimizer: A built `MaskedOptimizer`, or the `LossScaleOptimizer` that Keras put around it.
+        path: The file; an existing one is replaced, with its mode kept; of a symbolic link its target is.
 
     Raises:
-        ValueError: If the optimizer is not built, or two of its variables have one path.
+        ValueError: If the optimizer is not built, two of its variables have one path, or `path` is that of a folder,
+            a device or the like.
     """
-    masks = optimizer.masks_by_path()
+    masks = masked_optimizer(optimizer).masks_by_path()
     header = {
         "polarity": POLARITY,
         "bit_order": BIT_ORDER,
@@ -44,7 +45,7 @@ def save_masks(optimizer: MaskedOptimizer, path: str | os.PathLike) -> None:
 
 
 def load_masks(
-    optimizer: MaskedOptimizer,
+    optimizer: Any,
     path: str | os.PathLike,
     rename: Mapping[str, str] | None = None,
 ) -> None:
@@ -54,7 +55,7 @@ def load_masks(
     by what Keras's counting means (`dense_3/kernel` for `dense/kernel`).
 
     Args:
-        optimizer: A `MaskedOptimizer`, built or not.
+        optimizer: A `MaskedOptimizer`, built or not, or the `LossScaleOptimizer` that Keras put around it.
         path: A file that `save_masks` wrote; or a `.keras`, `.weights.h5`, sharded `.weights.json` or `.h5` file, or a
             `tf.train.Checkpoint` of a model with a `MaskedOptimizer`, of which the masks alone are read.
         rename: Optional mapping from paths in the file to paths of the model.
@@ -73,7 +74,7 @@ def load_masks(
     fz.load_masks(model.optimizer, "./saved/task.weights.h5")
     ```
     """
-    path = Path(path)
+    optimizer, path = masked_optimizer(optimizer), Path(path)
     layouts: dict[str, Layout] = {}
     if mask_sources.is_one(path):
         stored, layouts = mask_sources.read(path)
@@ -83,10 +84,11 @@ def load_masks(
     rename = dict(rename or {})
     if unknown := sorted(set(rename) - set(names)):
         raise ValueError(
-            f"`rename` must map paths that are in the file. Received: {unknown}, for a file with {sorted(names)}"
+            f"`rename` must map paths that are in the file. Received: {short(unknown)}, for a file with "
+            f"{short(sorted(names))}"
         )
     if len({rename.get(name, name) for name in names}) != len(names):
-        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={rename}")
+        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={short(rename)}")
     stored.masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
     stored.variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
     optimizer._register_stored(stored, {rename.get(name, name): layout for name, layout in layouts.items()})
@@ -96,16 +98,27 @@ def _read(path: Path) -> dict[str, Mask]:
     """The masks of a file by path, or an error that says what is wrong with it."""
     header, content = checkedfile.read(path, _KIND)
     if header.get("polarity") != POLARITY or header.get("bit_order") != BIT_ORDER:
-        what = f"its polarity is {header.get('polarity')!r}, its bit order {header.get('bit_order')!r}"
+        what = f"its polarity is {short(header.get('polarity'))}, its bit order {short(header.get('bit_order'))}"
         raise checkedfile.refusal(path, _KIND, what)
-    masks = {}
-    offset = 0
     try:
-        for entry in header["masks"]:
-            layout = Layout(*entry["layout"])
-            bits = np.frombuffer(content, np.uint8, layout.packed_bytes, offset)
-            masks[str(entry["path"])] = Mask(entry["shape"], layout, bits)
-            offset += layout.packed_bytes
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkedfile.refusal(path, _KIND, f"its header does not describe masks: {error!r}") from None
+        return _parse(header, content)
+    except ValueError as error:
+        raise checkedfile.refusal(path, _KIND, f"its header does not describe masks: {error}") from None
+
+
+def _parse(header: dict[str, Any], content: bytes) -> dict[str, Mask]:
+    """The masks that a header describes, by path.
+
+    Raises:
+        ValueError: If it describes none, or others than the bytes behind it.
+    """
+    masks: dict[str, Mask] = {}
+    offset = 0
+    for entry in checkedfile.field(header, "masks", list):
+        path = checkedfile.field(entry, "path", str)
+        if path in masks:
+            raise ValueError(f"every mask must have a path of its own. Received: {short(path)} twice")
+        masks[path], offset = take_mask(entry, content, offset)
+    if offset != len(content):
+        raise ValueError(f"there must be {offset} bytes of masks. Received: {len(content)} bytes")
     return masks

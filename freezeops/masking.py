@@ -10,6 +10,7 @@ import tensorflow as tf
 from freezeops import keras_internals, layout, naming, partition, report, rules, rules_config
 from freezeops.keras_internals import Variable, variable_path
 from freezeops.mask import Mask
+from freezeops.messages import short
 from freezeops.notices import warn
 from freezeops.partition import MaskedPartition, Partition
 from freezeops.rules import Loaded, Rule
@@ -183,13 +184,17 @@ class Masking:
         """
         self._add(Rule("register_mask", target, mask))
 
-    def register_masks(self, masks: Mapping[Any, Any]) -> None:
+    def register_masks(self, masks: Mapping[Any, Any] | Sequence[tuple[Any, Any]]) -> None:
         """`register_mask` for several targets at once: all of them or, on an error, none.
 
         Args:
-            masks: Mapping of targets to masks.
+            masks: Mapping of targets to masks, or a list of pairs of those, since variables
+                are no keys of a mapping.
+
+        Raises:
+            TypeError: If it is neither; otherwise as for `register_mask`.
         """
-        self._add(*(Rule("register_mask", t, m) for t, m in masks.items()))
+        self._add(*(Rule("register_mask", target, mask) for target, mask in mask_pairs(masks)))
 
     def freeze(self, target: Any, where: Any = None, permanent: bool = False) -> None:
         """Freezes entries.
@@ -198,8 +203,9 @@ class Masking:
             target: As for `register_mask`. Freezing a layer with state that its
                 forward pass changes (BatchNormalization) warns that this still moves.
             where: The entries to freeze: a boolean array (True = freeze), an index
-                expression such as `np.s_[:10, 3]`, or integer indices along the
-                first axis. Every entry by default.
+                expression such as `np.s_[:10, 3]`, or a list of integer indices along
+                the first axis. Every entry by default. As many zeros and ones as an
+                axis is long could be booleans or indices, and are refused.
             permanent: Leave the variable out of the inner optimizer altogether: no
                 slots and no cost, and no way to unfreeze. Only before the optimizer
                 is built, and only for whole variables.
@@ -211,7 +217,8 @@ class Masking:
         """
         if permanent and where is not None:
             raise ValueError(
-                f"`where` must be None with `permanent=True`, which freezes whole variables. Received: where={where!r}"
+                "`where` must be None with `permanent=True`, which freezes whole variables. Received: "
+                f"where={short(where)}"
             )
         rule = Rule("freeze", target, where, permanent)
         self._add(rule)
@@ -254,7 +261,7 @@ class Masking:
         paths = self._state.index.paths
         if len(set(paths)) < len(paths):
             twice = sorted({path for path in paths if paths.count(path) > 1})
-            raise ValueError(f"Every variable must have a path of its own. Received: {twice} more than once")
+            raise ValueError(f"Every variable must have a path of its own. Received: {short(twice)} more than once")
         return {part.path: part.mask for part in self._state.partitions if tf.as_dtype(part.variable.dtype).is_floating}
 
     @property
@@ -372,10 +379,7 @@ class Masking:
     def _carry_out(self, changes: "Changes") -> None:
         """Sets masks that nothing can go wrong with any more."""
         changes.warn()
-        for position, mask in changes.masks.items():
-            self._before_change(position, mask)
-            self._state.partitions[position].assign(mask)
-        self._after_change(set(changes.masks))
+        self._set_masks(changes.masks)
         self._state.stated |= changes.stated
         self._state.awaiting -= changes.stated.keys()
         if changes.waiting:
@@ -383,6 +387,26 @@ class Masking:
             for position, waiting in changes.waiting.items():
                 self._set_waiting(position, waiting)
             self._after_load()
+
+    def _set_masks(self, masks: Mapping[int, Mask]) -> None:
+        """Sets masks that fit, given by position: all of them or, should it fail half-way, none."""
+        parts = self._state.partitions
+        before = {position: parts[position].mask for position in masks}
+        begun: list[int] = []
+        try:
+            for position, mask in masks.items():
+                self._before_change(position, mask)
+                begun.append(position)
+                parts[position].assign(mask)
+            self._after_change(set(masks))
+        except BaseException:  # no memory, or an interruption
+            for position in begun:
+                # The last one may lack its mask; what was to be done before is done.
+                parts[position].assign(masks[position])
+                self._before_change(position, before[position])
+                parts[position].assign(before[position])
+            self._after_change(set(begun))
+            raise
 
     def _register_stored(self, stored: Stored, layouts: Mapping[str, layout.Layout]) -> None:
         """Registers masks of a file, as by calls: wholly or, on an error, not at all.
@@ -431,7 +455,7 @@ class Masking:
         if permanent and inner_built:
             raise ValueError(
                 "`permanent` must be used before the inner optimizer is built. Received: "
-                f"permanent=True for {[index.paths[i] for i in sorted(permanent)]}"
+                f"permanent=True for {short([index.paths[i] for i in sorted(permanent)])}"
             )
         if self._state.config_holds_masks:
             # What it has no mask for, nobody stated.
@@ -800,11 +824,49 @@ def check_lengths(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         )
 
 
+def mask_pairs(masks: Any) -> list[tuple[Any, Any]]:
+    """Targets and their masks, one after the other.
+
+    Args:
+        masks: A mapping, or a list of pairs, since variables are no keys of a mapping; `None`: none.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    pairs = list(masks.items()) if isinstance(masks, Mapping) else [] if masks is None else masks
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            "`masks` must map targets to masks, or be a list of pairs of those: [(variable, mask), ...]. "
+            f"Received: masks={short(masks)} of type {type(masks).__name__}"
+        )
+    return list(pairs)
+
+
+def masked_optimizer(optimizer: Any) -> Masking:
+    """The `MaskedOptimizer`, where there may be others around it.
+
+    Under `mixed_float16` Keras's `compile` puts a `LossScaleOptimizer` around.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    found = optimizer
+    while found is not None and not isinstance(found, Masking):
+        found = getattr(found, "inner_optimizer", None)
+    if found is None:
+        hint = " Pass `model.optimizer`." if isinstance(getattr(optimizer, "optimizer", None), Masking) else ""
+        raise TypeError(
+            "`optimizer` must be a MaskedOptimizer, or one that was put around it, such as a LossScaleOptimizer."
+            f"{hint} Received: optimizer={short(optimizer)} of type {type(optimizer).__name__}"
+        )
+    return found
+
+
 def check_arguments(masks: Any, maskable: Any, inner_arguments: Sequence[str], arguments: Mapping[str, Any]) -> None:
     """Raises where arguments of a `MaskedOptimizer` are wrong.
 
     Args:
-        masks: Must be a mapping or `None`.
+        masks: Must be a mapping, pairs or `None`.
         maskable: Likewise, with values of `layout.MASKABLE`.
         inner_arguments: Names of arguments that belong to the inner optimizer.
         arguments: Further keyword arguments that were given; there must be none.
@@ -813,19 +875,18 @@ def check_arguments(masks: Any, maskable: Any, inner_arguments: Sequence[str], a
         if argument in inner_arguments:
             raise ValueError(
                 f"MaskedOptimizer does not support `{argument}`: it must be set on the "
-                f"`inner_optimizer`. Received: {argument}={value!r}"
+                f"`inner_optimizer`. Received: {argument}={short(value)}"
             )
     if arguments:
-        raise ValueError(f"Arguments must be known ones. Received: {dict(arguments)}")
-    if masks is not None and not isinstance(masks, Mapping):
-        raise TypeError(f"`masks` must map path patterns to masks. Received: masks={masks!r}")
+        raise ValueError(f"Arguments must be known ones. Received: {short(dict(arguments))}")
+    mask_pairs(masks)
     if maskable is not None and not isinstance(maskable, Mapping):
         raise TypeError(
-            f"`maskable` must map path patterns to one of {layout.MASKABLE}. Received: maskable={maskable!r}"
+            f"`maskable` must map path patterns to one of {layout.MASKABLE}. Received: maskable={short(maskable)}"
         )
     for pattern, value in (maskable or {}).items():
         if value not in layout.MASKABLE:
             raise ValueError(
                 f"`maskable` must map path patterns to one of {layout.MASKABLE}. "
-                f"Received: maskable={{{pattern!r}: {value!r}}}"
+                f"Received: maskable={short({pattern: value})}"
             )

@@ -42,6 +42,7 @@ from freezeops.fused import FusedStep, FusedUpdates
 from freezeops.keras_internals import SlotRecord, Variable
 from freezeops.mask import Mask
 from freezeops.masking import FrozenEntries
+from freezeops.messages import short
 from freezeops.options import InnerOption, InnerOptions
 from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
 from freezeops.rules import Loaded
@@ -109,7 +110,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
     Args:
         inner_optimizer: A `keras.optimizers.Optimizer`.
-        masks: Optional mapping of path patterns to masks, as by `register_mask`.
+        masks: Optional mapping of path patterns to masks, as by `register_mask`, or a list of
+            `(target, mask)` pairs, since variables are no keys of a mapping.
         state: `"full"`: the inner optimizer's slots have their variable's shape.
             `"compact"`: it has slots for the trainable entries of masked variables alone, and
             memory, time and traffic between replicas go with their number. Only for inner
@@ -168,7 +170,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
-        masks: Mapping[Any, Any] | None = None,
+        masks: Mapping[Any, Any] | Sequence[tuple[Any, Any]] | None = None,
         state: str = "full",
         maskable: Mapping[str, str] | None = None,
         unfreeze_policy: unfreezing.Policy = "seed",
@@ -582,9 +584,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             raise ValueError(f"`repack` must be called with state='compact'. Received: state={self.state!r}")
         if not tf.executing_eagerly():
             raise RuntimeError("`repack` must be called outside of `tf.function`. Received: a call while one is traced")
-        pairs = list(masks.items() if isinstance(masks, Mapping) else masks or [])
-        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-            raise TypeError(f"`masks` must map targets to masks, or be pairs of those. Received: masks={masks!r}")
+        pairs = masking.mask_pairs(masks)
         compact.check_capacity(capacity)
         index, parts = self._state.index, self._state.partitions
         new_masks = {i: part.mask for i, part in enumerate(parts)}
@@ -1049,7 +1049,7 @@ def _check_arguments(
         hint = " For an optimizer of tf_keras use freezeops.legacy.MaskedOptimizer." if of_tf_keras else ""
         raise TypeError(
             f"`inner_optimizer` must be a keras.optimizers.Optimizer.{hint} Received: "
-            f"inner_optimizer={inner_optimizer!r} of type {type(inner_optimizer).__name__}"
+            f"inner_optimizer={short(inner_optimizer)} of type {type(inner_optimizer).__name__}"
         )
     if isinstance(inner_optimizer, MaskedOptimizer):
         raise ValueError(
@@ -1058,19 +1058,20 @@ def _check_arguments(
         )
     masking.check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
     if state not in ("full", "compact"):
-        raise ValueError(f"`state` must be 'full' or 'compact'. Received: state={state!r}")
+        raise ValueError(f"`state` must be 'full' or 'compact'. Received: state={short(state)}")
     _check_fused(fused)
     compact.check_capacity(capacity)
     if state == "compact":
         check_elementwise(inner_optimizer)
     elif capacity is not None:
-        raise ValueError(f"`capacity` must be None with state='full'. Received: capacity={capacity!r}")
+        raise ValueError(f"`capacity` must be None with state='full'. Received: capacity={short(capacity)}")
     if unfreeze_policy not in unfreezing.POLICIES:
         raise ValueError(
-            f"`unfreeze_policy` must be one of {unfreezing.POLICIES}. Received: unfreeze_policy={unfreeze_policy!r}"
+            f"`unfreeze_policy` must be one of {unfreezing.POLICIES}. Received: "
+            f"unfreeze_policy={short(unfreeze_policy)}"
         )
 
 
 def _check_fused(fused: Any) -> None:
     if not isinstance(fused, bool):
-        raise TypeError(f"`fused` must be a bool. Received: fused={fused!r}")
+        raise TypeError(f"`fused` must be a bool. Received: fused={short(fused)}")

@@ -5,6 +5,7 @@ that it names. Rules given before the optimizer is built wait here until the
 variables are known; later ones are carried out at once.
 """
 
+import contextlib
 import difflib
 import re
 import warnings
@@ -23,11 +24,16 @@ from freezeops.keras_internals import (
     variable_path,
 )
 from freezeops.layout import Layout, Shape
-from freezeops.mask import Mask, check_broadcast, check_indices
+from freezeops.mask import Mask, as_array, check_broadcast, check_indices, check_not_flags
+from freezeops.messages import short
 from freezeops.naming import Named, unique
 from freezeops.stored import Stored, find
 
 Action = Literal["register_mask", "freeze", "unfreeze", "train_only"]
+
+
+_NO_PATTERN = (re.error, RecursionError, OverflowError)
+"""What `re.compile` raises."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class Rule:
     def __post_init__(self) -> None:
         # Copies: later changes of the user's own lists and arrays do not reach a rule that waits.
         object.__setattr__(self, "target", tuple(flatten_target(self.target)))
-        object.__setattr__(self, "entries", _copied(self.entries))
+        name = "mask" if self.action == "register_mask" else "where"
+        object.__setattr__(self, "entries", _copied(self.entries, name))
 
     def apply_to(self, mask: Mask) -> Mask:
         """The mask after this rule."""
@@ -105,7 +112,9 @@ def named_entries(where: Any, shape: Shape) -> Mask:
     Args:
         where: `None` for all; a boolean array (axes of length 1 broadcast, a scalar
             stands for all); an index expression (a slice, or a tuple as `np.s_`
-            makes it); or integer indices along the first axis.
+            makes it); or integer indices along the first axis. As many zeros and ones
+            as an axis is long could be booleans as well: they are refused, unless each
+            occurs once (`[0, 1]` on an axis of length 2 names both).
         shape: Shape of the variable.
 
     Returns:
@@ -113,7 +122,8 @@ def named_entries(where: Any, shape: Shape) -> Mask:
 
     Raises:
         TypeError: If `where` is a `Mask`, or neither boolean, integer nor an index.
-        ValueError: If a boolean array does not fit the shape.
+        ValueError: If a boolean array does not fit the shape, or integers could be meant
+            as booleans.
         IndexError: If an index is outside of the variable.
     """
     if isinstance(where, Mask):
@@ -126,13 +136,14 @@ def named_entries(where: Any, shape: Shape) -> Mask:
         return Mask.trainable(shape)
     if where is Ellipsis or isinstance(where, slice | tuple):
         return _indexed(where if isinstance(where, tuple) else (where,), shape)
-    array = np.asarray(where)
+    array = as_array(where, "where")
     if array.dtype == np.bool_:
         check_broadcast(array.shape, shape, "where")
         return Mask.from_array(array, shape)
     if not shape:
         raise IndexError(
-            f"`where` must be booleans for a scalar variable, which has no axis to index. Received: where={where!r}"
+            "`where` must be booleans for a scalar variable, which has no axis to index. Received: "
+            f"where={short(where)}"
         )
     return Mask.rows(shape, check_indices(array, shape[0], "where"))
 
@@ -143,6 +154,9 @@ def _indexed(index: tuple, shape: Shape) -> Mask:
     if not any(part is None or _is_boolean(part) for part in index):
         # Each part stands for one axis, so whole axes can be told and left out.
         index = _without_ellipsis(index, len(shape))
+        arrays = [axis for axis, part in enumerate(index) if np.ndim(part) and axis < len(shape)]
+        if len(arrays) == 1:  # Several are coordinates of entries, and their zeros and ones repeat.
+            check_not_flags(np.asarray(index[arrays[0]]), shape[arrays[0]], "where")
         for axis, size in enumerate(shape):
             whole = axis >= len(index) or _is_whole(index[axis])
             small[axis] = min(size, 1) if whole else size
@@ -151,7 +165,7 @@ def _indexed(index: tuple, shape: Shape) -> Mask:
         flags[index] = True
     except (IndexError, TypeError, ValueError) as error:
         raise IndexError(
-            f"`where` must be a valid index of a variable of shape {shape}. Received: where={index}: {error}"
+            f"`where` must be a valid index of a variable of shape {shape}. Received: where={short(index)}: {error}"
         ) from None
     return Mask.from_array(flags, shape)
 
@@ -174,12 +188,12 @@ def _without_ellipsis(index: tuple, rank: int) -> tuple:
     return index[:at] + (slice(None),) * missing + index[at + 1 :]
 
 
-def _copied(entries: Any) -> Any:
+def _copied(entries: Any, name: str) -> Any:
     if entries is None or entries is Ellipsis or isinstance(entries, Mask | slice | _LeftOut):
         return entries
     if isinstance(entries, tuple):
-        return tuple(_copied(part) for part in entries)
-    return np.array(entries)
+        return tuple(_copied(part, name) for part in entries)
+    return np.array(as_array(entries, name))
 
 
 def check_before_build(rule: Rule) -> None:
@@ -220,7 +234,7 @@ def flatten_target(target: Any) -> list[Any]:
         return [part for item in target for part in flatten_target(item)]
     raise TypeError(
         "`target` must be a variable, a layer, a model, a path pattern (str) or a list of those. "
-        f"Received: target={target!r} of type {type(target).__name__}"
+        f"Received: target={short(target)} of type {type(target).__name__}"
     )
 
 
@@ -270,7 +284,7 @@ class VariableIndex:
             path = variable_path(variable)
             raise ValueError(
                 "A variable must be one of those that the optimizer was built with. Received: "
-                f"variable {path!r} of shape {tuple(variable.shape)}.{self._nearest(path)}"
+                f"variable {path!r} of shape {tuple(variable.shape)}{self._why_unknown(variable, path)}"
             )
         return position
 
@@ -305,7 +319,7 @@ class VariableIndex:
         if not positions:
             raise ValueError(
                 "A path pattern must match a variable's whole path, or its tail after a '/'. "
-                f"Received: {pattern!r}, which matches nothing.{self._nearest(pattern)}"
+                f"Received: {short(pattern)}, which matches nothing.{self._meant(pattern)}{self._nearest(pattern)}"
             )
         if len(positions) > 1 and all(f"/{self.paths[i]}".endswith(f"/{pattern}") for i in positions):
             # No part of it was needed as a pattern: it is a name, and names mean one variable.
@@ -314,10 +328,43 @@ class VariableIndex:
                 return exact
             raise ValueError(
                 "A plain name must fit one variable. Received: "
-                f"{pattern!r}, which fits {[self.paths[i] for i in positions]}. Write more of the "
+                f"{pattern!r}, which fits {short([self.paths[i] for i in positions])}. Write more of the "
                 f"path, or a pattern such as '.*{pattern}' to mean all of them."
             )
         return positions
+
+    def _why_unknown(self, variable: Variable, path: str) -> str:
+        """How it may be that the optimizer does not know a variable, and what to do then."""
+        if not self.variables:
+            return (
+                ", and the optimizer was built with none, as Keras does when it loads a `.h5` file. Compile the model "
+                "with a new optimizer."
+            )
+        carry = "`fz.save_masks` and `fz.load_masks` carry its masks over."
+        if path in self.paths:
+            return (
+                ", which is not the variable of that path that the optimizer knows: it was built with another model, "
+                f"or before this one was made anew. Compile with a new optimizer, one for each model; {carry}"
+            )
+        if not getattr(variable, "trainable", True):
+            return (
+                ", which is not trainable: an optimizer is built with the trainable variables, so nothing trains this "
+                "one. To train some of its entries, set `layer.trainable = True` and compile with a new optimizer; "
+                f"{carry}"
+            )
+        return (
+            ", which is another model's, or was added to this one (or made trainable) after the optimizer was built. "
+            f"Compile with a new optimizer, one for each model; {carry}{self._nearest(path)}"
+        )
+
+    def _meant(self, pattern: str) -> str:
+        """The regular expression that a name or glob was perhaps meant as, if it matches something."""
+        for meant in (_without_globs(pattern), f"{pattern.rstrip('/')}/.*"):
+            with contextlib.suppress(*_NO_PATTERN):
+                compiled = re.compile(meant)
+                if any(_matches(compiled, path) for path in self.paths):
+                    return f" Patterns are regular expressions: write {meant!r}."
+        return ""
 
     def _nearest(self, text: str) -> str:
         paths = list(dict.fromkeys(self.paths))
@@ -329,20 +376,31 @@ def _check_is_variable(variable: Any) -> None:
     if not is_variable(variable):
         raise TypeError(
             "A variable must be a keras.Variable or a tf.Variable. "
-            f"Received: {variable!r} of type {type(variable).__name__}"
+            f"Received: {short(variable)} of type {type(variable).__name__}"
         )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"A path pattern must be a regular expression. Received: {pattern!r}: {error}") from None
+    except _NO_PATTERN as error:
+        hint = f" Write {meant!r}." if (meant := _without_globs(pattern)) != pattern else ""
+        raise ValueError(
+            f"A path pattern must be a regular expression. Received: {short(pattern)}: {error}.{hint}"
+        ) from None
+
+
+def _without_globs(pattern: str) -> str:
+    """A pattern with `.*` for every `*` that repeats nothing or a name's character, as a shell reads `a/*`."""
+    return re.sub(r"(?<![.)\]}\\*])\*+", ".*", pattern)
 
 
 def path_matches(pattern: str, path: str) -> bool:
     """Whether a pattern matches a whole path, or its tail after some `/`."""
-    compiled = _compile(pattern)
+    return _matches(_compile(pattern), path)
+
+
+def _matches(compiled: re.Pattern[str], path: str) -> bool:
     parts = path.split("/")
     return any(compiled.fullmatch("/".join(parts[i:])) for i in range(len(parts)))
 

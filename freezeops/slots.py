@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from freezeops.keras_internals import Variable, variable_path
+from freezeops.messages import short
 
 Role = Literal["first_moment", "second_moment", "history", "weight"]
 
@@ -46,7 +47,7 @@ class Slot:
 
     def __post_init__(self) -> None:
         if self.role not in _ROLES:
-            raise ValueError(f"`role` must be one of {_ROLES}. Received: role={self.role!r}")
+            raise ValueError(f"`role` must be one of {_ROLES}. Received: role={short(self.role)}")
 
 
 def _corrected(beta: str) -> Scale:
@@ -123,11 +124,11 @@ def declare_slots(optimizer_class: type[keras.optimizers.Optimizer], slots: Mapp
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, keras.optimizers.Optimizer)):
         raise TypeError(
             "`optimizer_class` must be a subclass of keras.optimizers.Optimizer. "
-            f"Received: optimizer_class={optimizer_class!r}"
+            f"Received: optimizer_class={short(optimizer_class)}"
         )
     for name, slot in slots.items():
         if not isinstance(slot, Slot):
-            raise TypeError(f"`slots` must map attributes to fz.Slot. Received: slots={{{name!r}: {slot!r}}}")
+            raise TypeError(f"`slots` must map attributes to fz.Slot. Received: slots={short({name: slot})}")
     _SLOTS[optimizer_class] = dict(slots)
 
 

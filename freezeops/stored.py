@@ -23,6 +23,7 @@ from freezeops import checkedfile, naming, ops
 from freezeops import layout as layouts
 from freezeops.layout import Layout, Shape
 from freezeops.mask import Mask
+from freezeops.messages import short
 from freezeops.naming import Named
 
 POLARITY = "1 = trainable"
@@ -262,36 +263,48 @@ def _mask_content(stored: StoredMask) -> bytes:
     return content
 
 
+def take_mask(entry: Mapping[str, Any], content: bytes, offset: int) -> tuple[Mask, int]:
+    """The mask that a header's entry describes by `shape` and `layout`.
+
+    Args:
+        entry: The entry.
+        content: The bytes behind the header.
+        offset: Where its bits begin.
+
+    Returns:
+        The mask, and where its bits end.
+
+    Raises:
+        ValueError: If it describes none, or one that is not there.
+    """
+    shape, sizes = checkedfile.sizes(entry, "shape"), checkedfile.sizes(entry, "layout")
+    if len(sizes) != 3:
+        raise ValueError(f"`layout` must be (outer, kept, inner). Received: {short(sizes)}")
+    layout = Layout(*sizes)
+    end = offset + layout.packed_bytes
+    return Mask(shape, layout, np.frombuffer(content[offset:end], np.uint8)), end
+
+
 def _masks_from(header: Mapping[str, Any], content: bytes, source: str) -> Iterator[StoredMask]:
     offset = 0
-
-    def take(shape: Shape, layout: Layout) -> Mask:
-        nonlocal offset
-        if not 0 <= layout.packed_bytes <= len(content) - offset:
-            raise ValueError(f"layout {tuple(layout)} asks for more bytes than there are")
-        bits = np.frombuffer(content, np.uint8, layout.packed_bytes, offset)
-        offset += layout.packed_bytes
-        return Mask(shape, layout, bits)
-
     try:
-        for entry in header["masks"]:
-            if entry["polarity"] != POLARITY or entry["bit_order"] != BIT_ORDER:
-                raise ValueError(f"polarity {entry['polarity']!r}, bit order {entry['bit_order']!r}")
-            shape = tuple(int(size) for size in entry["shape"])
-            layout = entry["layout"]
-            mask = None if layout is None else take(shape, Layout(*(int(size) for size in layout)))
-            waiting = take(shape, layouts.elementwise(shape)) if entry["waiting"] else None
-            yield StoredMask(
-                str(entry["path"]),
-                shape,
-                mask,
-                bool(entry["stated"]),
-                str(entry["way"]),
-                int(entry["capacity"]),
-                waiting,
-            )
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkedfile.refusal(source, _KIND, f"its header does not describe masks: {error!r}") from None
+        for entry in checkedfile.field(header, "masks", list):
+            name, shape = checkedfile.field(entry, "path", str), checkedfile.sizes(entry, "shape")
+            polarity, order = checkedfile.field(entry, "polarity", str), checkedfile.field(entry, "bit_order", str)
+            if (polarity, order) != (POLARITY, BIT_ORDER):
+                raise ValueError(f"`polarity` and `bit_order` must be known. Received: {short((polarity, order))}")
+            mask = waiting = None
+            if entry.get("layout") is not None:
+                mask, offset = take_mask(entry, content, offset)
+            if checkedfile.field(entry, "waiting", bool):
+                elements = entry | {"layout": list(layouts.elementwise(shape))}
+                waiting, offset = take_mask(elements, content, offset)
+            stated, way = checkedfile.field(entry, "stated", bool), checkedfile.field(entry, "way", str)
+            yield StoredMask(name, shape, mask, stated, way, checkedfile.field(entry, "capacity", int), waiting)
+        if offset != len(content):
+            raise ValueError(f"there must be {offset} bytes of masks. Received: {len(content)} bytes")
+    except ValueError as error:
+        raise checkedfile.refusal(source, _KIND, f"its header does not describe masks: {error}") from None
 
 
 def _vector(data: bytes) -> np.ndarray:

@@ -8,6 +8,7 @@ import tensorflow as tf
 from freezeops import ops
 from freezeops.layout import Layout
 from freezeops.mask import Mask
+from freezeops.messages import short
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
@@ -176,6 +177,6 @@ def _as_mask(mask: Any, shape: tf.TensorShape) -> Mask:
     if not shape.is_fully_defined():
         raise ValueError(
             "`mask` must be an `fz.Mask` where the shape it masks is not fully known. "
-            f"Received: shape={shape}, mask={mask!r}"
+            f"Received: shape={shape}, mask={short(mask)}"
         )
     return Mask.from_array(mask, shape.as_list())

@@ -473,7 +473,7 @@ def test_repack_refuses():
     state = [v.numpy() for v in model.optimizer.variables]
     with pytest.raises(RuntimeError, match=r"outside of `tf\.function`"):
         tf.function(model.optimizer.repack, autograph=False)()
-    with pytest.raises(TypeError, match="`masks` must map targets to masks, or be pairs"):
+    with pytest.raises(TypeError, match="`masks` must map targets to masks, or be a list of pairs"):
         model.optimizer.repack([1])
     with pytest.raises(ValueError, match="matches nothing"):
         model.optimizer.repack({"elements": True, "nowhere": True})

@@ -175,3 +175,17 @@ def test_with_layout_refuses_what_it_cannot_hold():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(2.5, 3), ("2", 3), (None, 3), (-2, -3), (2**62, 4), (2**40, 0, 2**40), 3])
+def test_shapes_that_are_none(shape):
+    with pytest.raises(ValueError, match="`shape` must be a sequence of known sizes. Received: shape="):
+        fz.Mask.frozen(shape)
+    with pytest.raises(ValueError, match="`shape` must be a sequence of known sizes. Received: shape="):
+        fz.Mask(shape, (1, 6, 1), np.zeros(1, np.uint8))
+
+
+@pytest.mark.parametrize("layout", [(1, 6), (1, 6, 1, 1), (-1, -6, 1), (1, 6.0, 1), (2**62, 4, 0), "abc", None])
+def test_layouts_that_are_none(layout):
+    with pytest.raises(ValueError, match="`layout` must be \\(outer, kept, inner\\), three sizes. Received: layout="):
+        fz.Mask((2, 3), layout, np.zeros(1, np.uint8))

@@ -9,9 +9,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
+from common import assert_same_bits
 
+import freezeops as fz
 from freezeops import _native
 from freezeops._version import __version__
 
@@ -62,6 +66,14 @@ def test_missing_library_warns_once(loader, tmp_path):
     assert f"None was found in {tmp_path}" in refused(loader)
 
 
+def test_import_without_a_library_says_nothing_and_the_first_use_warns(loader, tmp_path):
+    place(tmp_path, "libfreezeops_tf1_99.so", tensorflow_version="1.99.3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader.register_ops()
+    assert "libfreezeops_tf1_99.so: built for TensorFlow 1.99.3" in refused(loader)
+
+
 def test_library_for_another_tensorflow_is_refused_and_both_versions_named(loader, tmp_path):
     place(tmp_path, "libfreezeops_tf1_99.so", tensorflow_version="1.99.3")
     assert f"libfreezeops_tf1_99.so: built for TensorFlow 1.99.3, running TensorFlow {RUNNING}" in refused(loader)
@@ -89,6 +101,14 @@ def test_unreadable_build_information_is_refused(loader, tmp_path, text):
     assert "its build information" in refused(loader)
 
 
+def test_a_library_that_cannot_be_read_is_refused(loader, tmp_path):
+    place(tmp_path)
+    (tmp_path / LIBRARY_NAME).unlink()
+    (tmp_path / LIBRARY_NAME).mkdir()
+    loader.register_ops()  # an import goes on
+    assert "it could not be loaded" in refused(loader)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF\x02\x01\x01" + bytes(57) + b"\1" * 99])
 def test_corrupt_library_is_refused(loader, tmp_path, content):
     place(tmp_path, content=content)
@@ -99,6 +119,8 @@ def test_reference_backend_loads_nothing_and_says_nothing(loader, monkeypatch):
     monkeypatch.setenv("FREEZEOPS_BACKEND", "reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        loader.register_ops()
+        assert loader._loaded is None
         assert loader.op_library() is None
         assert loader.host_module() is None
         assert loader.has_cuda() is False
@@ -142,11 +164,13 @@ def test_old_library_next_to_the_right_one_does_not_matter(tmp_path):
     shutil.copy(BUILT.with_suffix(".json"), tmp_path)
     place(tmp_path, "libfreezeops_tf1_99.so", tensorflow_version="1.99.3")
     code = f"""
+import os
 import warnings
 from pathlib import Path
 warnings.simplefilter("error", UserWarning)
-from freezeops import _native
-_native._loaded = None
+os.environ["FREEZEOPS_BACKEND"] = "reference"
+from freezeops import _native  # which loads nothing now
+del os.environ["FREEZEOPS_BACKEND"]
 _native._DIRECTORY = Path({str(tmp_path)!r})
 assert hasattr(_native.op_library(), "freezeops_mask_gradient")
 print([(report.path.name, report.loaded) for report in _native.diagnosis().libraries])
@@ -161,13 +185,73 @@ def test_truncated_library_is_refused(tmp_path, half):
     content = BUILT.read_bytes()
     place(tmp_path, content=content[: int(len(content) * half)])
     code = f"""
+import os
 from pathlib import Path
-from freezeops import _native
-_native._loaded = None
+os.environ["FREEZEOPS_BACKEND"] = "reference"
+from freezeops import _native  # which loads nothing now
+del os.environ["FREEZEOPS_BACKEND"]
 _native._DIRECTORY = Path({str(tmp_path)!r})
 print(_native.op_library())
 """
     assert run_python(code, FREEZEOPS_BACKEND="", PYTHONWARNINGS="ignore").strip().endswith("None")
+
+
+@needs_library
+def test_import_registers_the_ops_and_starts_no_device():
+    code = """
+import tensorflow as tf
+import freezeops
+print(freezeops._native._loaded.used.loaded)
+cpu = tf.config.list_physical_devices("CPU")[0]
+# Only before TensorFlow has started its devices.
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+print(len(tf.config.list_logical_devices("CPU")))
+"""
+    assert run_python(code, FREEZEOPS_BACKEND="").split() == ["True", "2"]
+
+
+class TrainStep(tf.Module):
+    """A train step that is saved as a SavedModel."""
+
+    def __init__(self, state, jit):
+        super().__init__()
+        self.variable = tf.Variable(np.resize(ODD, (4, 4)), name="w")
+        inner = keras.optimizers.AdamW(0.1, weight_decay=0.1)
+        self.optimizer = fz.MaskedOptimizer(inner, masks={"w": np.eye(4, dtype=bool)}, state=state)
+        self.optimizer.build([self.variable])
+        self.step = tf.function(self._step, jit_compile=jit, autograph=False)
+
+    def _step(self):
+        self.optimizer.apply([tf.ones([4, 4])], [self.variable])
+        return self.variable.read_value()
+
+
+ODD = np.array([0x7FC12345, 0x80000000, 0x00000001, 0x7F800000, 0x3F800000], np.uint32).view("f4")
+
+
+@needs_library
+def test_saved_train_steps_run_in_a_process_that_only_imports_freezeops(tmp_path, monkeypatch):
+    monkeypatch.delenv("FREEZEOPS_BACKEND", raising=False)
+    expected = {}
+    for state in ("full", "compact"):
+        for jit in (False, True):
+            folder = str(tmp_path / f"{state}{jit}")
+            module = TrainStep(state, jit)
+            module.step()
+            tf.saved_model.save(module, folder)
+            expected[folder] = module.step().numpy()
+    code = f"""
+import numpy as np
+import tensorflow as tf
+import freezeops
+for folder in {list(expected)}:
+    module = tf.saved_model.load(folder)
+    np.save(folder + ".npy", module.step())
+"""
+    run_python(code, FREEZEOPS_BACKEND="")
+    for folder, values in expected.items():
+        assert_same_bits(np.load(folder + ".npy"), values, folder)
+        assert_same_bits(values[~np.eye(4, dtype=bool)], np.resize(ODD, (4, 4))[~np.eye(4, dtype=bool)], folder)
 
 
 @needs_library

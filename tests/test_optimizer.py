@@ -415,7 +415,7 @@ def test_summary(capsys):
         (
             lambda: fz.MaskedOptimizer(keras.optimizers.SGD(), masks=[1]),
             TypeError,
-            r"must map path patterns to masks",
+            r"must map targets to masks, or be a list of pairs",
         ),
         (
             lambda: fz.MaskedOptimizer(keras.optimizers.SGD(), state="sparse"),
