@@ -7,7 +7,6 @@ variables are known; later ones are carried out at once.
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,6 @@ import tensorflow as tf
 from freezeops.keras_internals import (
     Variable,
     is_variable,
-    moving_state,
     variable_key,
     variable_path,
 )
@@ -192,17 +190,6 @@ def flatten_target(target: Any) -> list[Any]:
         "`target` must be a variable, a layer, a model, a path pattern (str) or a list of those. "
         f"Received: target={target!r} of type {type(target).__name__}"
     )
-
-
-def warn_of_moving_state(rule: Rule) -> None:
-    """Warns where a frozen layer has state that its forward pass goes on changing."""
-    paths = [path for part in rule.target for path in moving_state(part)]
-    if paths:
-        warnings.warn(
-            "Freezing a layer freezes its trainable variables. This state still moves in the "
-            f"forward pass: {paths}. Set `layer.trainable = False` to stop it.",
-            stacklevel=4,
-        )
 
 
 class VariableIndex:
