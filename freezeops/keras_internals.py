@@ -222,15 +222,19 @@ def is_variable(x: Any) -> bool:
 
 def variable_key(variable: Variable) -> str:
     """The same for a Keras variable, its TensorFlow variable and each of its replicas."""
+    return _whole(variable)._unique_id
+
+
+def _whole(variable: Variable) -> tf.Variable:
+    """The TensorFlow variable; of a replica's own copy the one of all replicas."""
     variable = tf_variable(variable)
     if not isinstance(variable, tf.distribute.DistributedValues):
-        # A replica's own copy knows its container; it is attached to the copy or to its handle.
+        # A copy knows its container; it is attached to the copy or to its handle.
         for part in (variable, getattr(variable, "handle", None)):
             container = getattr(part, "_distributed_container", None)
             if container is not None:
-                variable = container()
-                break
-    return variable._unique_id
+                return container()
+    return variable
 
 
 def variable_path(variable: Variable) -> str:
@@ -649,7 +653,8 @@ def when_traced(graph: Any, call: Callable[[], None]) -> None:
 
 def read_variables(graph: Any) -> list[tf.Variable]:
     """The variables that a function reads, and those that are read in functions that it calls."""
-    return list(getattr(graph, "_watched_variables", ()))
+    watched = map(_whole, getattr(graph, "_watched_variables", ()))
+    return list({id(variable): variable for variable in watched}.values())
 
 
 _WRITING = re.compile("Assign(Add|Sub)?VariableOp|Resource(Scatter|StridedSliceAssign|Apply|SparseApply).*")

@@ -576,9 +576,7 @@ class FrozenBlock(AbstractContextManager):
         averages: Gives the slots of moving averages, each with the partition of its variable.
     """
 
-    def __init__(
-        self, partitions: Sequence[Partition], averages: Callable[[], Iterable[tuple[Partition, Variable]]]
-    ):
+    def __init__(self, partitions: Sequence[Partition], averages: Callable[[], Iterable[tuple[Partition, Variable]]]):
         self._partitions = list(partitions)
         self._averages = averages
         self._blocks: list[tuple[AbstractContextManager, list[Any]]] = []  # a block may lie in another

@@ -325,9 +325,7 @@ class FullPartition(MaskedPartition):
     def remember(self, rows: tf.Tensor | None = None) -> list[_Snapshot]:
         if rows is None:
             return self.remember_frozen()
-        return [
-            _Snapshot(bits, variable.sparse_read(rows), rows) for variable, bits in self._components(self.variable)
-        ]
+        return [_Snapshot(bits, variable.sparse_read(rows), rows) for variable, bits in self._components(self.variable)]
 
     def put_back(self, snapshot: list[_Snapshot]) -> None:
         if all(part.rows is None for part in snapshot):

@@ -55,6 +55,13 @@ class Rule:
         object.__setattr__(self, "target", tuple(flatten_target(self.target)))
         object.__setattr__(self, "entries", _copied(self.entries))
 
+    @property
+    def freezes(self) -> bool:
+        """Whether any entry can be frozen after this rule that was not before."""
+        if self.action == "register_mask":
+            return not np.all(self.entries.to_numpy() if isinstance(self.entries, Mask) else self.entries)
+        return self.action != "unfreeze"
+
     def apply_to(self, mask: Mask) -> Mask:
         """The mask after this rule."""
         if self.action == "register_mask":

@@ -1,7 +1,7 @@
 """What else writes variables in a training step: found in the step's graph, when the step is traced.
 
-An optimizer keeps frozen entries around what it does itself. A layer that rewrites its weights in the forward pass, or a
-step that assigns them, moves them in spite of it: that is said once, before the first step runs.
+An optimizer keeps frozen entries around what it does itself. A layer that rewrites its weights in the forward pass, or
+a step that assigns them, moves them in spite of it: that is said once, before the first step runs.
 """
 
 import functools
@@ -86,20 +86,16 @@ class TracedWrites:
             keras_internals.when_traced(graph, functools.partial(self._look, graph, partitions))
 
     def _look(self, graph: Any, partitions: Sequence[Partition]) -> None:
-        known = {variable_key(part.variable): part.path for part in partitions}
-        others = {
-            variable_key(variable): keras_internals.variable_path(variable)
-            for variable in keras_internals.read_variables(graph)
-            if _is_state(variable)
-        }
+        known = {variable_key(part.variable): part for part in partitions}
+        states = [variable for variable in keras_internals.read_variables(graph) if _is_state(variable)]
         variables = [part.variable for part in partitions]
-        variables += [variable for variable in keras_internals.read_variables(graph) if variable_key(variable) in others]
+        variables += [variable for variable in states if variable_key(variable) not in known]
         for variable in keras_internals.written_variables(graph, variables, _guarded_operations):
             key = variable_key(variable)
             if key in known:
-                self._variables[key] = known[key]
+                self._variables[key] = known[key].path
             else:
-                self._states[key] = others[key]
+                self._states[key] = keras_internals.variable_path(variable)
         self.warn(partitions)
 
     def warn(self, partitions: Sequence[Partition]) -> None:
@@ -135,7 +131,7 @@ class TracedWrites:
 
         At once, since steps that are not traced are not looked at. What was said here is not said again.
         """
-        targets = [part for part in rule.target if not keras_internals.is_variable(part)]
+        targets = [part for part in rule.target if not keras_internals.is_variable(part)] if rule.freezes else []
         rewritten = [variable for part in targets for variable in keras_internals.rewritten_weights(part)]
         states = [variable for part in targets for variable in keras_internals.moving_state(part)]
         messages = []
