@@ -132,8 +132,8 @@ class TracedWrites:
         At once, since steps that are not traced are not looked at. What was said here is not said again.
         """
         targets = [part for part in rule.target if not keras_internals.is_variable(part)] if rule.freezes else []
-        rewritten = [variable for part in targets for variable in keras_internals.rewritten_weights(part)]
-        states = [variable for part in targets for variable in keras_internals.moving_state(part)]
+        rewritten = self._unsaid([each for part in targets for each in keras_internals.rewritten_weights(part)])
+        states = self._unsaid([each for part in targets for each in keras_internals.moving_state(part)])
         messages = []
         if rewritten:
             paths = [keras_internals.variable_path(variable) for variable in rewritten]
@@ -146,7 +146,12 @@ class TracedWrites:
             messages.append("Freezing a layer freezes its trainable variables. " + _moving_message(paths))
         if messages:
             self._said |= {variable_key(variable) for variable in rewritten + states}
-            warnings.warn(" ".join(messages), stacklevel=4)
+            warnings.warn(" ".join(messages), stacklevel=3)
+
+    def _unsaid(self, variables: Sequence[Variable]) -> list[Variable]:
+        """Those that nothing was said of, each once."""
+        by_key = {variable_key(variable): variable for variable in variables}
+        return [variable for key, variable in by_key.items() if key not in self._said]
 
 
 def _moving_message(paths: Sequence[str]) -> str:
@@ -196,11 +201,13 @@ class _FrozenVariables:
         That is, whether a variable of its own scope has some, or all variables in its scope are frozen as a whole; of
         a layer without any, in the scope around it.
         """
-        scope = _scope(path)
+        scope, names = _scope(path), set(self._names.values())
+        if path in names:
+            return False  # of a copy of the model
         if any(self.any_of(key) for key in self._inside.get(scope, ()) if _scope(self._names[key]) == scope):
             return True
         while scope:
-            if scope in self._names.values():
+            if scope in names:
                 return False  # what is kept for one variable, as an average of it
             if inside := self._inside.get(scope):
                 return all(map(self._all_of, inside))

@@ -184,6 +184,23 @@ def test_in_branches_and_loops(kind, backend):
     assert (v.numpy()[MASK] == 2).all()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_a_tape(kind, mode, backend):
+    v = tf.Variable(np.ones(MASK.shape, np.float32), name="w")
+    optimizer = make_optimizer(kind, {"w": MASK})
+    optimizer.build([v])
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            with optimizer.frozen_entries():
+                v.assign(tf.fill(v.shape, 2.0))
+            loss = tf.reduce_sum(v**2)
+        return tape.gradient(loss, v)
+
+    assert_same_bits(in_mode(gradient, mode)().numpy(), np.where(MASK, 4, 2).astype("float32"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_replica_under_xla(kind):
     """Several replicas: `case_frozen_entries` in distribute_script.py."""

@@ -1,7 +1,7 @@
 """Two threads that step different variables with one optimizer at once.
 
-The first is held in the middle of its step, when weight decay has moved frozen entries, until the second is in the middle
-of its own; that one ends last.
+The first is held in the middle of its step, when weight decay has moved frozen entries, until the second is in the
+middle of its own; that one ends last.
 """
 
 import threading
