@@ -8,7 +8,6 @@ variables are known; later ones are carried out at once.
 import contextlib
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,6 @@ import tensorflow as tf
 from freezeops.keras_internals import (
     Variable,
     is_variable,
-    moving_state,
     variable_key,
     variable_path,
 )
@@ -76,6 +74,13 @@ class Rule:
         object.__setattr__(self, "target", tuple(flatten_target(self.target)))
         name = "mask" if self.action == "register_mask" else "where"
         object.__setattr__(self, "entries", _copied(self.entries, name))
+
+    @property
+    def freezes(self) -> bool:
+        """Whether any entry can be frozen after this rule that was not before."""
+        if self.action == "register_mask":
+            return not np.all(self.entries.to_numpy() if isinstance(self.entries, Mask) else self.entries)
+        return self.action != "unfreeze"
 
     def apply_to(self, mask: Mask) -> Mask:
         """The mask after this rule."""
@@ -236,17 +241,6 @@ def flatten_target(target: Any) -> list[Any]:
         "`target` must be a variable, a layer, a model, a path pattern (str) or a list of those. "
         f"Received: target={short(target)} of type {type(target).__name__}"
     )
-
-
-def warn_of_moving_state(rule: Rule) -> None:
-    """Warns where a frozen layer has state that its forward pass goes on changing."""
-    paths = [path for part in rule.target for path in moving_state(part)]
-    if paths:
-        warnings.warn(
-            "Freezing a layer freezes its trainable variables. This state still moves in the "
-            f"forward pass: {paths}. Set `layer.trainable = False` to stop it.",
-            stacklevel=4,
-        )
 
 
 class VariableIndex:
