@@ -292,6 +292,10 @@ class CompactPartition(MaskedPartition):
     def abandon(self, snapshot: list[IndexTensors]) -> None:
         """Nothing was written."""
 
+    def remember_frozen(self) -> Any:
+        self.check_not_pending()
+        return super().remember_frozen()
+
     def _copies(self) -> list[tuple[tf.Variable, tf.Variable]]:
         """The copies of variable and compact variable that this context holds."""
         return list(zip(components(self.variable), components(self._inner), strict=True))

@@ -5,6 +5,7 @@ Read in Keras 3.15.1: `optimizers/base_optimizer.py`, `backend/tensorflow/optimi
 """
 
 import inspect
+import re
 import threading
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -221,15 +222,19 @@ def is_variable(x: Any) -> bool:
 
 def variable_key(variable: Variable) -> str:
     """The same for a Keras variable, its TensorFlow variable and each of its replicas."""
+    return _whole(variable)._unique_id
+
+
+def _whole(variable: Variable) -> tf.Variable:
+    """The TensorFlow variable; of a replica's own copy the one of all replicas."""
     variable = tf_variable(variable)
     if not isinstance(variable, tf.distribute.DistributedValues):
-        # A replica's own copy knows its container; it is attached to the copy or to its handle.
+        # A copy knows its container; it is attached to the copy or to its handle.
         for part in (variable, getattr(variable, "handle", None)):
             container = getattr(part, "_distributed_container", None)
             if container is not None:
-                variable = container()
-                break
-    return variable._unique_id
+                return container()
+    return variable
 
 
 def variable_path(variable: Variable) -> str:
@@ -483,6 +488,23 @@ def accumulators(
             yield from zip(base._trainable_variables, base._accumulated_gradients, strict=True)
 
 
+def writes_only_given(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether a step writes no variables but those that it is given with a gradient.
+
+    So it is for Keras's own optimizers, unless they put averages into all variables now and then. Any other may write
+    whatever it was built with.
+    """
+    return (
+        not unknown_wrappers(optimizer)
+        and not any(map(replaced_methods, wrapped_optimizers(optimizer)))
+        and all(
+            type(base) is getattr(keras.optimizers, type(base).__name__, None)
+            and not (base.use_ema and base.ema_overwrite_frequency)
+            for base in base_optimizers(optimizer)
+        )
+    )
+
+
 def writes_only_rows_with_gradients(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether a step writes no row of a variable but those that its `IndexedSlices` name.
 
@@ -573,15 +595,161 @@ def guard_swaps(around: Callable[[Any], AbstractContextManager]) -> None:
             setattr(callback, name, guarded(method))
 
 
-def moving_state(target: Any) -> list[str]:
-    """Paths of float state that a layer updates by itself while it is trainable; of anything else, none.
+def moving_state(target: Any) -> list[Variable]:
+    """Float state that a layer updates by itself while it is trainable; of anything else, none.
 
     Args:
         target: A layer of Keras or of tf_keras, or something else.
     """
-    paths = []
-    for part in target._flatten_layers() if hasattr(target, "_flatten_layers") else ():
+    found = []
+    for part in _layers_of(target):
         if part.trainable:
             state = part._non_trainable_variables if isinstance(part, keras.Layer) else part._non_trainable_weights
-            paths += [variable_path(variable) for variable in state if tf.as_dtype(variable.dtype).is_floating]
-    return paths
+            found += [variable for variable in state if tf.as_dtype(variable.dtype).is_floating]
+    return found
+
+
+def rewritten_weights(target: Any) -> list[Variable]:
+    """Weights that layers of known classes assign in their forward pass, trainable or not; of anything else, none.
+
+    Args:
+        target: A layer of Keras or of tf_keras, or something else.
+    """
+    found = []
+    for part in _layers_of(target):
+        names = {cls.__name__ for cls in type(part).__mro__}
+        if "SpectralNormalization" in names:
+            found += [getattr(part.layer, name, None) for name in ("kernel", "embeddings")]
+        elif "PruneLowMagnitude" in names:  # of TensorFlow Model Optimization
+            found += [variable for variable, *_ in getattr(part, "pruning_vars", [])]
+    return [variable for variable in found if is_variable(variable)]
+
+
+def _layers_of(target: Any) -> Iterator[Any]:
+    return iter(target._flatten_layers() if hasattr(target, "_flatten_layers") else ())
+
+
+def traced_function() -> Any:
+    """The function's graph that operations are added to now; `None` where they run at once."""
+    if tf.executing_eagerly():
+        return None
+    graph = tf.compat.v1.get_default_graph()
+    return graph if graph.building_function else None
+
+
+def outermost_traced_function() -> Any:
+    """As `traced_function`, of the outermost of the functions that are being traced."""
+    graph = traced_function()
+    while graph is not None and getattr(graph.outer_graph, "building_function", False):
+        graph = graph.outer_graph
+    return graph
+
+
+def when_traced(graph: Any, call: Callable[[], None]) -> None:
+    """Calls something when a function has been traced, before it runs; never, where TensorFlow has no way for it."""
+    if getattr(graph, "_scope_exit_callbacks", None) is not None:
+        graph._add_scope_exit_callback(call)
+
+
+def read_variables(graph: Any) -> list[tf.Variable]:
+    """The variables that a function reads, and those that are read in functions that it calls."""
+    watched = map(_whole, getattr(graph, "_watched_variables", ()))
+    return list({id(variable): variable for variable in watched}.values())
+
+
+_WRITING = re.compile("Assign(Add|Sub)?VariableOp|Resource(Scatter|StridedSliceAssign|Apply|SparseApply).*")
+"""Types of TensorFlow's operations that write a variable."""
+
+_CALLING = {
+    "PartitionedCall": (("f",), 0),
+    "StatefulPartitionedCall": (("f",), 0),
+    "If": (("then_branch", "else_branch"), 1),
+    "StatelessIf": (("then_branch", "else_branch"), 1),
+    "Case": (("branches",), 1),
+    "StatelessCase": (("branches",), 1),
+    "While": (("cond", "body"), 0),
+    "StatelessWhile": (("cond", "body"), 0),
+}
+"""Types of operations that call functions: where these are named, and which input is a function's first."""
+
+
+def written_variables(
+    graph: Any, variables: Sequence[Variable], passed_over: Callable[[Any], set[str]]
+) -> list[Variable]:
+    """Which variables a traced function writes, functions that it calls included.
+
+    Only operations that take one of these variables are looked at.
+
+    Args:
+        graph: The function's.
+        variables: Those to look for.
+        passed_over: For the graph of a function, the names of operations that do not count.
+    """
+    search = _Search(passed_over)
+    of_handle = {}
+    for variable in variables:
+        value = tf_variable(variable)
+        for copy in value.values if isinstance(value, tf.distribute.DistributedValues) else [value]:
+            of_handle[id(copy.handle)] = variable
+    found: dict[int, Variable] = {}
+    for outside, inside in graph.captures:
+        variable = of_handle.get(id(outside))
+        if variable is not None and id(variable) not in found and search.is_written(inside):
+            found[id(variable)] = variable
+    return list(found.values())
+
+
+class _Search:
+    """Looks for operations that write a variable."""
+
+    def __init__(self, passed_over: Callable[[Any], set[str]]):
+        self._passed_over = passed_over
+        self._names: dict[int, set[str]] = {}
+        self._answers: dict[int, bool] = {}
+        # An `id` may be given again to something else once it is gone.
+        self._kept: list[Any] = []
+
+    def is_written(self, resource: tf.Tensor) -> bool:
+        """Whether a function, or one that it calls, writes the variable that is its argument here."""
+        if id(resource) not in self._answers:
+            self._kept.append(resource)
+            self._answers[id(resource)] = any(self._writes(each, resource) for each in resource.consumers())
+        return self._answers[id(resource)]
+
+    def _writes(self, operation: tf.Operation, resource: tf.Tensor) -> bool:
+        graph = operation.graph
+        if id(graph) not in self._names:
+            self._kept.append(graph)
+            self._names[id(graph)] = self._passed_over(graph)
+        if operation.name in self._names[id(graph)]:
+            return False
+        if _WRITING.fullmatch(operation.type):
+            return True
+        if operation.type not in _CALLING or _is_initializing(operation):
+            return False
+        try:
+            only_read = operation.get_attr("_read_only_resource_inputs")
+        except ValueError:
+            only_read = []
+        attributes, first = _CALLING[operation.type]
+        numbers = [i for i, each in enumerate(operation.inputs) if each is resource and i not in only_read]
+        functions = []
+        for attribute in attributes if numbers else ():
+            named = operation.get_attr(attribute)
+            functions += [graph._get_function(each.name) for each in (named if isinstance(named, list) else [named])]
+        return any(
+            # What is not known is as TensorFlow says: not only read.
+            function is None or self.is_written(function.graph.inputs[number - first])
+            for number in numbers
+            for function in functions
+        )
+
+
+def _is_initializing(operation: tf.Operation) -> bool:
+    """Whether this gives a variable that was created as the function was traced its first value."""
+    if operation.type not in ("If", "StatelessIf"):
+        return False
+    condition = operation.inputs[0].op
+    while condition.type in ("LogicalNot", "Identity"):
+        condition = condition.inputs[0].op
+    return condition.type == "VarIsInitializedOp"

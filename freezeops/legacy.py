@@ -14,6 +14,7 @@ from freezeops import keras_internals, masking, rules
 from freezeops.keras_internals import Variable
 from freezeops.masking import FrozenEntries
 from freezeops.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
+from freezeops.traced_writes import guarded
 
 try:
     import tf_keras
@@ -203,6 +204,20 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
         gradients, variables = _unzip(grads_and_vars)
         if not gradients:
             return self.iterations  # as in tf_keras: nothing to do, and no step counted
+        self._build_once(variables)
+        self._state.traced_writes.watch(self._state.partitions)
+        with guarded():
+            return self._apply_masked(gradients, variables, name, skip_gradients_aggregation, **kwargs)
+
+    def _apply_masked(
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[tf.Variable],
+        name: str | None,
+        skip_gradients_aggregation: bool,
+        **kwargs: Any,
+    ) -> Any:
+        """`apply_gradients`, once the optimizer is built."""
         masked = self.mask_gradients(gradients, variables)
         pairs = [
             (gradient, variable)
@@ -214,13 +229,32 @@ class MaskedOptimizer(masking.Masking, tf_keras.optimizers.Optimizer):
             return tf.__internal__.distribute.interim.maybe_merge_call(
                 lambda strategy: self.iterations.assign_add(1), tf.distribute.get_strategy()
             )
-        with self._frozen_entries():
+        with self._frozen_entries(self._written_in_step(pairs)):
             return self.inner_optimizer.apply_gradients(
                 pairs, name=name, skip_gradients_aggregation=skip_gradients_aggregation, **kwargs
             )
 
-    def _frozen_entries(self) -> FrozenEntries:
-        return FrozenEntries(self._state.partitions, self._averages())
+    def _written_in_step(self, pairs: Sequence[tuple[Any, tf.Variable]]) -> list[Partition]:
+        """The partitions of variables that the inner optimizer may write in a step.
+
+        No others are remembered and put back: another thread may be in the middle of a step of them.
+
+        Args:
+            pairs: The gradients and variables that it is given.
+        """
+        if not all(
+            type(part).__module__.startswith("tf_keras.") and not keras_internals.replaced_methods(part)
+            for part in _wrapped_optimizers(self.inner_optimizer)
+        ):
+            return self._state.partitions  # a user's own may write whatever it was built with
+        given = {id(self._partition(variable)) for gradient, variable in pairs if gradient is not None}
+        return [part for part in self._state.partitions if id(part) in given]
+
+    def _frozen_entries(self, written: Sequence[Partition] | None = None) -> FrozenEntries:
+        parts = self._state.partitions if written is None else written
+        of_these = set(map(id, parts))
+        averages = ((part, average) for part, average in self._averages() if id(part) in of_these)
+        return FrozenEntries(parts, averages)
 
     @tf.autograph.experimental.do_not_convert
     def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
@@ -352,11 +386,17 @@ class MaskedLossScaleOptimizer(MaskedOptimizer, tf_keras.mixed_precision.LossSca
         return self.inner_optimizer.dynamic_growth_steps
 
 
-def _base_optimizer(optimizer: Any) -> Any:
-    """The optimizer that updates variables, behind any wrappers."""
+def _wrapped_optimizers(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and all that it wraps, outermost first."""
+    yield optimizer
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
-    return optimizer
+        yield optimizer
+
+
+def _base_optimizer(optimizer: Any) -> Any:
+    """The optimizer that updates variables, behind any wrappers."""
+    return list(_wrapped_optimizers(optimizer))[-1]
 
 
 def _unzip(grads_and_vars: Any) -> tuple[list[Any], list[tf.Variable]]:

@@ -1,6 +1,7 @@
 """What every kind of `MaskedOptimizer` has: its masks, from the users' calls to the bits and into files."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
@@ -12,6 +13,7 @@ from freezeops.keras_internals import Variable, variable_path
 from freezeops.mask import Mask
 from freezeops.partition import MaskedPartition, Partition
 from freezeops.rules import Rule
+from freezeops.traced_writes import TracedWrites, guarded
 from freezeops.transforms import Gradient
 
 INNER_ARGUMENTS = (
@@ -42,6 +44,7 @@ class State:
         self.partitions: list[Partition] = []
         self.saved: dict[str, dict[str, Any]] = {}
         self.loaded: dict[str, np.ndarray] = {}
+        self.traced_writes = TracedWrites()
 
 
 class _Store(Protocol):
@@ -111,7 +114,9 @@ class Masking:
             ValueError: If the mask does not fit, or the target is unknown,
                 ambiguous or not of a floating dtype. Nothing has changed then.
         """
-        self._add(Rule("register_mask", target, mask))
+        rule = Rule("register_mask", target, mask)
+        self._add(rule)
+        self._state.traced_writes.warn_of_layers(rule)
 
     def register_masks(self, masks: Mapping[Any, Any]) -> None:
         """`register_mask` for several targets at once: all of them or, on an error, none.
@@ -145,7 +150,7 @@ class Masking:
             )
         rule = Rule("freeze", target, where, permanent)
         self._add(rule)
-        rules.warn_of_moving_state(rule)
+        self._state.traced_writes.warn_of_layers(rule)
 
     def unfreeze(self, target: Any, where: Any = None) -> None:
         """Makes entries trainable; arguments and errors as for `freeze`."""
@@ -156,7 +161,9 @@ class Masking:
 
         Arguments and errors as for `freeze`.
         """
-        self._add(Rule("train_only", target, where))
+        rule = Rule("train_only", target, where)
+        self._add(rule)
+        self._state.traced_writes.warn_of_layers(rule)
 
     def mask_for(self, variable: Variable) -> Mask:
         """The mask of a variable as it is now.
@@ -234,6 +241,44 @@ class Masking:
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
 
+    @tf.autograph.experimental.do_not_convert
+    def frozen_entries(self) -> AbstractContextManager[None]:
+        """Keeps frozen entries around writes of your own: they come out of the block as they went in, bit for bit.
+
+        For a train step that writes weights itself, as sharpness-aware minimization
+        does; trainable entries keep what the block made of them. In eager mode, in
+        `tf.function`, under XLA, and in a replica of a strategy, where its own copies are
+        kept. Frozen is what is frozen as the block begins; variables that were frozen
+        with `permanent=True` are kept whole. In eager mode frozen entries are restored
+        after an exception, too. (A traced function that fails half-way stops before they
+        are; put the block around its call, then.) Blocks may be nested, and steps of the
+        optimizer may lie inside.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            ValueError: If the optimizer is not built: `build(variables)` does that.
+
+        Example:
+
+        ```python
+        with optimizer.frozen_entries():
+            for variable in model.trainable_variables:
+                variable.assign(tf.clip_by_value(variable, -0.01, 0.01))
+        ```
+        """
+        if not self._state.built:
+            raise ValueError(
+                "The optimizer must be built before `frozen_entries()` can keep any: call "
+                f"`optimizer.build(model.trainable_variables)`. Received: {self.name!r}, which is not built"
+            )
+        return FrozenBlock(self._state.partitions, self._averages)
+
+    def _averages(self) -> Iterable[tuple[Partition, Variable]]:
+        """The slots of moving averages, each with the partition of its variable."""
+        raise NotImplementedError
+
     def _add(self, *new_rules: Rule) -> None:
         """Keeps rules for later, or carries them out: wholly or, on an error, not at all."""
         if not self._state.built:
@@ -261,6 +306,7 @@ class Masking:
             self._before_change(position, mask)
             self._state.partitions[position].assign(mask)
         self._after_change(set(changes))
+        self._state.traced_writes.warn(self._state.partitions)
 
     # Building.
 
@@ -482,14 +528,13 @@ class Masking:
 
 
 class FrozenEntries:
-    """Around anything that writes variables: frozen entries come out as they went in.
+    """Around what the inner optimizer does: frozen entries come out as they went in.
 
     Args:
-        partitions: Of all variables that may be written.
+        partitions: Of all variables that it may write.
         averages: Slots of moving averages, each with the partition of its variable.
         rows: By the partition's `id`, the only rows that can be written, where that is known.
         remembered: What `take_and_remember` returned just before, by the partition's `id`.
-        untouched: Partitions, by `id`, whose frozen entries nothing writes.
     """
 
     def __init__(
@@ -498,9 +543,8 @@ class FrozenEntries:
         averages: Iterable[tuple[Partition, Variable]] = (),
         rows: Mapping[int, tf.Tensor] | None = None,
         remembered: Mapping[int, Any] | None = None,
-        untouched: Collection[int] = (),
     ):
-        self._partitions = [part for part in partitions if id(part) not in untouched]
+        self._partitions = partitions
         self._averages = averages
         self._rows = rows or {}
         self._remembered = remembered or {}
@@ -522,6 +566,35 @@ class FrozenEntries:
         if error is None:
             for part, average in self._averages:
                 part.put_into_average(average)
+
+
+class FrozenBlock(AbstractContextManager):
+    """Around anything else that writes the model's variables; see `Masking.frozen_entries`.
+
+    Args:
+        partitions: Of all variables that may be written.
+        averages: Gives the slots of moving averages, each with the partition of its variable.
+    """
+
+    def __init__(self, partitions: Sequence[Partition], averages: Callable[[], Iterable[tuple[Partition, Variable]]]):
+        self._partitions = list(partitions)
+        self._averages = averages
+        self._blocks: list[tuple[AbstractContextManager, list[Any]]] = []  # a block may lie in another
+
+    def __enter__(self) -> None:
+        snapshots = [part.remember_frozen() for part in self._partitions]
+        writes = guarded()
+        writes.__enter__()
+        self._blocks.append((writes, snapshots))
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        writes, snapshots = self._blocks.pop()
+        if error is None or tf.executing_eagerly():
+            for part, snapshot in zip(self._partitions, snapshots, strict=True):
+                part.restore_frozen(snapshot)
+            for part, average in self._averages():
+                part.put_into_average(average)
+        writes.__exit__(None, None, None)
 
 
 def _check_packed(name: str, packed: np.ndarray, mask_layout: layout.Layout) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from freezeops.mask import Mask
 from freezeops.masking import FrozenEntries
 from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
 from freezeops.slots import slots_of
+from freezeops.traced_writes import guarded
 from freezeops.transforms import Gradient
 from freezeops.unfreezing import Seeding, VariableSlots
 
@@ -605,12 +606,18 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         variables = list(trainable_variables)
         masking.check_lengths(grads, variables)
         self._build_once(variables)
-        with keras.name_scope(self.name), tf.control_dependencies(self._masks_in_use()):
+        self._state.traced_writes.watch(self._state.partitions)
+        with guarded(), keras.name_scope(self.name), tf.control_dependencies(self._masks_in_use()):
             pairs: list[tuple[Gradient | None, Variable]] = []
             remembered: dict[int, Any] = {}
             rows: dict[int, tf.Tensor] = {}
             steps = self._fused_steps(variables)
             general: set[int] = set()
+            with_gradient = {
+                id(self._partition(variable))
+                for variable, gradient in zip(variables, grads, strict=True)
+                if gradient is not None
+            }
             for variable, gradient in zip(variables, grads, strict=True):
                 part = self._partition(variable)
                 step, inner, snapshot = steps.get(id(part)), part.inner_variable, None
@@ -629,11 +636,10 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
                 # All are frozen for good; the inner optimizer would not count the step.
                 keras_internals.step_counter(self.inner_optimizer).assign_add(1)
                 return
-            untouched = steps.keys() - general - remembered.keys()
+            fused_alone = steps.keys() - general - remembered.keys()
+            written = [part for part in self._written_in_step(with_gradient) if id(part) not in fused_alone]
             with ExitStack() as around:
-                around.enter_context(
-                    FrozenEntries(self._state.partitions, self._averages(), rows, remembered, untouched)
-                )
+                around.enter_context(FrozenEntries(written, self._averages(), rows, remembered))
                 for seeding in self._state.seedings.values():
                     around.enter_context(seeding.step())
                 for step in {id(step): step for step in steps.values()}.values():
@@ -675,6 +681,25 @@ class MaskedOptimizer(masking.Masking, keras.optimizers.Optimizer):
         # Of all at once: a handful of operations for each variable adds up. And int32, whose minimum is taken where
         # TensorFlow keeps it, in the host's memory; `assert_equal` waits for a GPU.
         return [tf.debugging.Assert(tf.reduce_min(tf.concat(shapes, 0)) > 0, [message])]
+
+    def _written_in_step(self, with_gradient: Collection[int]) -> list[Partition]:
+        """The partitions of variables that the inner optimizer may write in a step, or read the inner variables of.
+
+        No others are remembered and put back: another thread may be in the middle of a step of them.
+
+        Args:
+            with_gradient: The partitions, by `id`, whose variables it is given with a gradient.
+        """
+        writes_others = not keras_internals.writes_only_given(self.inner_optimizer)
+        averages = any(base.use_ema for base in keras_internals.base_optimizers(self.inner_optimizer))
+        return [
+            part
+            for part in self._state.partitions
+            if id(part) in with_gradient
+            or writes_others
+            # Averages are made of inner variables, which are filled as they are remembered.
+            or (averages and part.way == "compact")
+        ]
 
     def _frozen_entries(self) -> FrozenEntries:
         return FrozenEntries(self._state.partitions, self._averages())

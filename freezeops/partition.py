@@ -192,6 +192,17 @@ class Partition(ABC):
     def put_into_average(self, average: Variable) -> None:
         """Makes the frozen entries of a moving-average slot the variable's own."""
 
+    def remember_frozen(self) -> Any:
+        """Called before something else than the inner optimizer may write the model's variable.
+
+        Returns:
+            Something opaque, for `restore_frozen` alone.
+        """
+        return None
+
+    def restore_frozen(self, snapshot: Any) -> None:
+        """Called after it: makes the model's variable's frozen entries what they were, and leaves all others."""
+
     @property
     @abstractmethod
     def mask(self) -> Mask:
@@ -207,6 +218,11 @@ class Partition(ABC):
 
     def assign(self, mask: Mask) -> None:
         """Sets a mask that `fit` returned; no retracing."""
+
+    @property
+    def frozen_count(self) -> int:
+        """How many entries are frozen now."""
+        return self.size - self.mask.count()
 
     @property
     def mask_bytes(self) -> int:
@@ -226,6 +242,20 @@ class Partition(ABC):
     def get_config(self) -> dict[str, Any]:
         """Way and layout, serializable; no mask bits."""
         return {"way": self.way}
+
+
+class _Snapshot(NamedTuple):
+    """What a `MaskedPartition` remembers of one copy of its variable.
+
+    Attributes:
+        bits: The packed mask.
+        old: What `ops.remember_frozen` returned; or the old rows.
+        rows: Indices of the rows in `old`; `None` for the whole variable.
+    """
+
+    bits: tf.Tensor
+    old: tf.Tensor
+    rows: tf.Tensor | None = None
 
 
 class MaskedPartition(Partition):
@@ -250,26 +280,28 @@ class MaskedPartition(Partition):
     def fit(self, mask: Mask) -> Mask:
         return fit(mask, self.layout, self.variable)
 
+    def remember_frozen(self) -> list[_Snapshot]:
+        # With the bits of this moment: another thread may change the mask meanwhile.
+        return [
+            _Snapshot(bits, ops.remember_frozen(variable, bits, self.layout))
+            for variable, bits in self._components(self.variable)
+        ]
+
+    def restore_frozen(self, snapshot: list[_Snapshot]) -> None:
+        for variable, (bits, old, _) in zip(components(self.variable), snapshot, strict=True):
+            ops.restore_frozen(variable, bits, old, self.layout)
+
+    def _components(self, variable: Variable) -> list[tuple[tf.Variable, tf.Tensor]]:
+        """The copies of a variable that this context holds, each with the bits beside it."""
+        bits = [tf.convert_to_tensor(copy) for copy in components(self.bits)]
+        return list(zip(components(variable), bits, strict=True))
+
     @property
     def mask_bytes(self) -> int:
         return self.layout.packed_bytes
 
     def get_config(self) -> dict[str, Any]:
         return {"way": self.way, "layout": list(self.layout)}
-
-
-class _Snapshot(NamedTuple):
-    """What `FullPartition` remembers.
-
-    Attributes:
-        bits: The packed mask.
-        old: What `ops.remember_frozen` returned; or the old rows.
-        rows: Indices of the rows in `old`; `None` for the whole variable.
-    """
-
-    bits: tf.Tensor
-    old: tf.Tensor
-    rows: tf.Tensor | None = None
 
 
 class FullPartition(MaskedPartition):
@@ -291,19 +323,16 @@ class FullPartition(MaskedPartition):
         self._reason = reason
 
     def remember(self, rows: tf.Tensor | None = None) -> list[_Snapshot]:
-        # With the bits of this moment: another thread may change the mask in mid-step.
-        snapshots = []
-        for variable, bits in self._components(self.variable):
-            old = ops.remember_frozen(variable, bits, self.layout) if rows is None else variable.sparse_read(rows)
-            snapshots.append(_Snapshot(bits, old, rows))
-        return snapshots
+        if rows is None:
+            return self.remember_frozen()
+        return [_Snapshot(bits, variable.sparse_read(rows), rows) for variable, bits in self._components(self.variable)]
 
     def put_back(self, snapshot: list[_Snapshot]) -> None:
-        variables = components(self.variable)
-        for variable, (bits, old, rows) in zip(variables, snapshot, strict=True):
-            if rows is None:
-                ops.restore_frozen(variable, bits, old, self.layout)
-            else:
+        if all(part.rows is None for part in snapshot):
+            self.restore_frozen(snapshot)
+            return
+        for variable, (bits, old, rows) in zip(components(self.variable), snapshot, strict=True):
+            if rows is not None:
                 new = variable.sparse_read(rows)
                 merged = ops.merge_slices(new, old, rows, bits, self.layout, variable.shape[0])
                 variable.scatter_update(tf.IndexedSlices(merged, rows))
@@ -317,11 +346,6 @@ class FullPartition(MaskedPartition):
     def clear_accumulator(self, accumulator: Variable) -> None:
         for slot, bits in self._components(accumulator):
             slot.assign(ops.mask_gradient(slot.read_value(), bits, self.layout))
-
-    def _components(self, variable: Variable) -> list[tuple[tf.Variable, tf.Tensor]]:
-        """The copies of a variable that this context holds, each with the bits beside it."""
-        bits = [tf.convert_to_tensor(copy) for copy in components(self.bits)]
-        return list(zip(components(variable), bits, strict=True))
 
     def assign(self, mask: Mask) -> None:
         self.bits.assign(mask.packed)
@@ -345,6 +369,13 @@ class PermanentPartition(Partition):
             values = tf.zeros_like(gradient.values)
             return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
         return tf.zeros_like(gradient)
+
+    def remember_frozen(self) -> list[tf.Tensor]:
+        return [variable.read_value() for variable in components(self.variable)]
+
+    def restore_frozen(self, snapshot: list[tf.Tensor]) -> None:
+        for variable, old in zip(components(self.variable), snapshot, strict=True):
+            variable.assign(old)
 
     @property
     def mask(self) -> Mask:

@@ -7,7 +7,6 @@ variables are known; later ones are carried out at once.
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,6 @@ import tensorflow as tf
 from freezeops.keras_internals import (
     Variable,
     is_variable,
-    moving_state,
     variable_key,
     variable_path,
 )
@@ -56,6 +54,13 @@ class Rule:
         # Copies: later changes of the user's own lists and arrays do not reach a rule that waits.
         object.__setattr__(self, "target", tuple(flatten_target(self.target)))
         object.__setattr__(self, "entries", _copied(self.entries))
+
+    @property
+    def freezes(self) -> bool:
+        """Whether any entry can be frozen after this rule that was not before."""
+        if self.action == "register_mask":
+            return not np.all(self.entries.to_numpy() if isinstance(self.entries, Mask) else self.entries)
+        return self.action != "unfreeze"
 
     def apply_to(self, mask: Mask) -> Mask:
         """The mask after this rule."""
@@ -192,17 +197,6 @@ def flatten_target(target: Any) -> list[Any]:
         "`target` must be a variable, a layer, a model, a path pattern (str) or a list of those. "
         f"Received: target={target!r} of type {type(target).__name__}"
     )
-
-
-def warn_of_moving_state(rule: Rule) -> None:
-    """Warns where a frozen layer has state that its forward pass goes on changing."""
-    paths = [path for part in rule.target for path in moving_state(part)]
-    if paths:
-        warnings.warn(
-            "Freezing a layer freezes its trainable variables. This state still moves in the "
-            f"forward pass: {paths}. Set `layer.trainable = False` to stop it.",
-            stacklevel=4,
-        )
 
 
 class VariableIndex:

@@ -5,6 +5,7 @@ Usage: python distribute_script.py CASE
 
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -275,6 +276,73 @@ def case_sparse():
         in_replicas(replica_step)
         mask = np.broadcast_to(np.arange(20)[:, None] >= 10, (20, 3))
         check(table, before, mask)
+
+
+def case_frozen_entries():
+    """Around writes in a replica, outside of the replicas, and outside of the strategy's scope."""
+    for state in ("full", "compact"):
+        with strategy.scope():
+            model = make_model()
+            optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), masks={"body/kernel": MASK}, state=state)
+            optimizer.freeze("head/kernel", permanent=True)
+            optimizer.build(model.trainable_variables)
+        body, head = (model.get_layer(name).kernel for name in ("body", "head"))
+        before = copies(body)[0], copies(head)[0]
+
+        def write(optimizer=optimizer, variables=(body, head)):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            with optimizer.frozen_entries():
+                for variable in variables:
+                    # Each replica its own copy: what is frozen there must not come from another.
+                    variable.value.values[int(tf.get_static_value(replica))].assign_add(tf.ones(variable.shape))
+
+        def check_all(added, variables=(body, head), before=before):
+            check(variables[0], before[0], MASK)
+            check(variables[1], before[1], np.zeros(before[1].shape, bool))
+            np.testing.assert_allclose(copies(variables[0])[0][MASK], before[0][MASK] + added, atol=1e-5)
+
+        strategy.run(write)
+        check_all(1)
+        in_replicas(write)
+        check_all(2)
+        with strategy.scope(), optimizer.frozen_entries():
+            for variable in (body, head):
+                variable.assign(variable.value + 1)
+        check_all(3)
+        with optimizer.frozen_entries():
+            for variable in (body, head):
+                for copy in variable.value.values:
+                    copy.assign_add(tf.ones(variable.shape))
+        check_all(4)
+
+
+def case_traced_writes():
+    """Writes of frozen entries in the forward pass are named, once; nothing else is."""
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.SpectralNormalization(keras.layers.Dense(12, name="body"), name="sn"),
+                keras.layers.BatchNormalization(name="bn"),
+                keras.layers.Dropout(0.5),
+                keras.layers.Dense(3, name="head"),
+            ]
+        )
+        inner = keras.optimizers.LossScaleOptimizer(keras.optimizers.AdamW(0.1))
+        optimizer = fz.MaskedOptimizer(inner, masks={"head/.*": False})
+        model.compile(optimizer, "mse", metrics=["mae"], jit_compile=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X, Y, batch_size=16, verbose=0)
+        said = [str(w.message) for w in caught if "forward pass" in str(w.message)]
+        assert not said, said
+        optimizer.freeze("(body|bn)/.*")
+        model.fit(X, Y, batch_size=16, verbose=0)
+        said = [str(w.message) for w in caught if "forward pass" in str(w.message)]
+    assert len(said) == 1, said
+    for path in ("sn/body/kernel']", "moving", "bn/moving_mean'", "bn/moving_variance'"):
+        assert path in said[0], (path, said)
+    assert "replica" not in said[0], said
 
 
 def case_compact():

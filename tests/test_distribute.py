@@ -22,6 +22,8 @@ CASES = [
     "compact_traffic",
     "compact_outside_of_scope",
     "compact_sparse",
+    "frozen_entries",
+    "traced_writes",
 ]
 
 
