@@ -8,7 +8,6 @@ from common import SETUPS, in_mode
 
 import freezeops as fz
 
-
 # --- A gradient of another shape, rows that do not exist ---
 
 
