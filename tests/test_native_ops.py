@@ -13,6 +13,7 @@ library = _native.op_library()
 pytestmark = pytest.mark.skipif(library is None, reason="no native library for this TensorFlow")
 
 LAYOUT = [1, 12, 1]
+LONG = [2**58, 12, 1]  # of more entries than could be counted in a day
 
 
 def mask(count=2):
@@ -255,6 +256,14 @@ SIZES_THAT_OVERFLOW = {
             SLOTS[0,][0].handle, tf.zeros(0), *EMPTY, np.zeros(4, np.int32), layout=[1, 0, HUGE]
         ),
         "fewer than 2\\^63 entries|overflow",
+    ),
+    "layout of more entries than could be counted in a day": (
+        lambda: library.freezeops_remember_frozen(SLOTS[3, 4][0].handle, mask(2), T=tf.float32, layout=LONG),
+        "variable must have the",
+    ),
+    "layout of more entries than could be counted, to restore": (
+        lambda: library.freezeops_restore_frozen(SLOTS[3, 4][0].handle, mask(2), tf.ones(1), layout=LONG),
+        "variable must have the",
     ),
     "rows": (
         lambda: library.freezeops_mask_slices(

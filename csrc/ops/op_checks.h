@@ -96,6 +96,13 @@ class VariableOp : public LayoutOp {
   absl::Status CheckVariable(tensorflow::Var* variable) const {
     return freezeops::CheckVariable(variable, dtype_, layout_, "its frozen entries are remembered or restored");
   }
+
+  // Before entries are counted, which takes as long as the layout says: it must be that of something in memory. Its
+  // lock is not held, and what is checked may change until it is.
+  absl::Status CheckSize(tensorflow::Var* variable) const {
+    tensorflow::tf_shared_lock lock(*variable->mu());
+    return CheckVariable(variable);
+  }
 };
 
 // Base of the ops of compact state that move entries.

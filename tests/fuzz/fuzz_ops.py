@@ -77,7 +77,7 @@ def numbers(rng: np.random.Generator, dtype: np.dtype, shape: Sequence[int]) -> 
 
 
 def packed(rng: np.random.Generator, kept: int) -> np.ndarray:
-    density = rng.choice([0.0, 0.02, 0.5, 1.0])
+    density = rng.choice([0.0, 0.01, 0.01, 0.5, 1.0])  # few are found by their indices
     return np.packbits(rng.random(kept) < density, bitorder="little")
 
 
@@ -87,7 +87,7 @@ def passing_of(mask: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def any_layout(rng: np.random.Generator, compact: bool) -> Layout:
-    if rng.random() < 0.05:
+    if rng.random() < 0.2:
         return Layout(1, int(rng.choice([2048, 5000])), 1)
     outer = 1 if compact else int(rng.choice([1, 1, 2, 5]))
     return Layout(outer, int(rng.choice(SIZES)), int(rng.choice([1, 1, 2, 5, 64])))
@@ -288,7 +288,7 @@ def fused_update(rng: np.random.Generator, dtype: np.dtype) -> Call:
             lists["indices"].append(index["indices"])
         if seeds and rng.random() < 0.7:
             seeded.append(number)
-            lists["unseeded"].append(Value(packed(rng, slot_size), True))
+            lists["unseeded"].append(Value(packed(rng, slot_size), True, exact=False))
         layouts.append(layout)
     order = [int(slot) for slot in rng.permutation(slot_count)[:seeds]]
     powers = [int(power) for power in rng.choice([1, 2], seeds)]
@@ -400,6 +400,21 @@ def change(rng: np.random.Generator, call: Call, mode: str) -> None:
             call.attributes[name] = given[:-1] if given and rng.random() < 0.5 else [*given, 1]
         call.changed.append(f"{name}={call.attributes[name]} was {given}")
         return
+    gradients = [each for each in values if each[0] in ("gradient", "gradients", "values") and each[2].array.ndim]
+    if gradients and rng.random() < 0.2:
+        # As many entries in another shape, which sizes alone do not tell.
+        name, number, value = gradients[rng.integers(len(gradients))]
+        before = value.array
+        value.array = np.array(before[None] if before.ndim == 1 or rng.random() < 0.5 else before.reshape(-1))
+        call.refused = value.exact
+        call.changed.append(f"{name}[{number}] {list(before.shape)} to {list(value.array.shape)}")
+        return
+    rows = [each for each in values if each[2].rows is not None]
+    if rows and rng.random() < 0.3:
+        values = rows
+    else:
+        name = str(rng.choice(list(dict.fromkeys(name for name, _, _ in values))))
+        values = [each for each in values if each[0] == name]
     name, number, value = values[rng.integers(len(values))]
     before = value.array
     integers = before.dtype.kind in "iu" and before.dtype != np.uint8
