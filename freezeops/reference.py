@@ -241,7 +241,16 @@ def of_shape(gradient: tf.Tensor | tf.IndexedSlices, shape: tf.TensorShape) -> t
         tf.errors.InvalidArgumentError: Likewise, at run time.
     """
     if isinstance(gradient, tf.IndexedSlices):
-        values = tf.ensure_shape(gradient.values, [None, *shape[1:]])
+        values = gradient.values
+        static = values.shape
+        if static.rank is None or not static[1:].is_fully_defined():
+            # As `tf.ensure_shape`, whose result has rows of a dynamic shape for XLA: no rows at all are appended.
+            values = tf.concat([values, tf.zeros([0, *shape[1:]], values.dtype)], axis=0)
+        elif static[1:] != shape[1:]:
+            raise ValueError(
+                f"A gradient's slices must be rows of its variable, of shape {tuple(shape)}. Received: slices of shape "
+                f"{static}"
+            )
         return tf.IndexedSlices(values, rows_in_range(gradient.indices, shape[0]), gradient.dense_shape)
     return tf.ensure_shape(gradient, shape)
 
