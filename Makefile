@@ -1,4 +1,5 @@
 # make demo, make test, make lint, make bench: each sets up .venv first where that is needed.
+# make fuzz, make fuzz-mutants, make fuzz-threads: hostile calls of the ops, under sanitizers.
 # make test-gpu, make sanitize, make bench-gpu: on a machine with a GPU and nvcc, without TensorFlow; see docs/gpu.md.
 #
 #   PYTHON=python3.12        the interpreter to make .venv from
@@ -25,7 +26,16 @@ GPU_PYTEST := $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu
 SANITIZE := FREEZEOPS_TEST_EXAMPLES=8 compute-sanitizer --error-exitcode=1 --target-processes=all
 SANITIZED := $(GPU_PYTEST) tests/gpu/test_kernels.py tests/gpu/test_fused_kernels.py -k 'not host and not 31_bits and not failed_launch'
 
-.PHONY: all setup demo test test-gpu sanitize lint format bench bench-gpu clean
+# The library of ops with AddressSanitizer and UBSan, for the fuzzer.
+FUZZ_BUILD := build/fuzz
+FUZZ_CALLS ?= 20000
+FUZZ_SEED ?= 0
+CONFIGURE = cmake -S . -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) -DFREEZEOPS_CUDA=OFF
+FUZZED = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+	UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" $(PY)
+
+.PHONY: all setup demo test test-gpu sanitize fuzz fuzz-build fuzz-mutants fuzz-threads lint format bench bench-gpu clean
 
 all: setup
 setup: $(STAMP)
@@ -52,6 +62,25 @@ sanitize:
 	$(SANITIZE) --tool=memcheck $(SANITIZED)
 	$(SANITIZE) --tool=racecheck $(SANITIZED)
 	$(SANITIZE) --tool=initcheck $(SANITIZED)
+
+# 20,000 calls of the ops, most of them wrong in one place; see tests/fuzz/fuzz_ops.py. A few hundred are in `make test`.
+fuzz: fuzz-build
+	$(FUZZED) tests/fuzz/fuzz_ops.py --library $(FUZZ_BUILD)/libfreezeops_tf*.so \
+		--calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --log $(FUZZ_BUILD)/fuzz.log
+
+fuzz-build: $(STAMP)
+	$(CONFIGURE) -B $(FUZZ_BUILD) -DFREEZEOPS_SANITIZE=address,undefined
+	cmake --build $(FUZZ_BUILD) --target freezeops_ops
+
+# That the fuzzer finds planted faults.
+fuzz-mutants: fuzz-build
+	$(FUZZED) tests/fuzz/mutants.py $(FUZZ_BUILD)
+
+# Bits that several threads read and clear, with ThreadSanitizer.
+fuzz-threads: $(STAMP)
+	$(CONFIGURE) -B build/threads -DFREEZEOPS_SANITIZE=thread
+	cmake --build build/threads --target waiting_bits
+	for isa in generic avx2 avx512; do FREEZEOPS_ISA=$$isa build/threads/waiting_bits || exit 1; done
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

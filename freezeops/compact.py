@@ -253,6 +253,7 @@ class CompactPartition(MaskedPartition):
             self._fill(indices)
             return self._take_slices(gradient, indices[0]), indices
         if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
+            gradient = reference.of_shape(gradient, tf.TensorShape(self.variable.shape))
             self._fill(indices)
             compact = ops.gather_trainable(gradient, *indices[0], self.layout)
         else:
@@ -287,9 +288,13 @@ class CompactPartition(MaskedPartition):
         row_shape = tuple(self._inner.shape[1:])
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
+        rows = self.variable.shape[0]
+        gradient = reference.of_shape(gradient, tf.TensorShape(self.variable.shape))
         masked = transforms.mask_with_bits(gradient, index.mask, self.layout, self.rows)
-        bits_per_row = self.layout.kept // self.variable.shape[0]
-        first = tf.cast(masked.indices, tf.int64)[:, None] * bits_per_row
+        bits_per_row = self.layout.kept // rows
+        # A row that does not exist is an error outside of XLA; there its bits stand for none, and it is dropped.
+        named = tf.cast(masked.indices, tf.int64)
+        first = tf.where((named >= 0) & (named < rows), named, rows)[:, None] * bits_per_row
         bits = tf.reshape(first + np.arange(bits_per_row, dtype=np.int64)[None, :], [-1])
         # Frozen entries become slices of zeros at some entry's rank.
         ranks = ops.rank_trainable(bits, *index, self.layout.kept)

@@ -103,6 +103,17 @@ def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Te
     return _linear(masked)(gradient)
 
 
+def rows_in_range(indices: tf.Tensor, rows: int) -> tf.Tensor:
+    """Indices of rows as `int64`; one that is not a row is an error, but under XLA, which has none at run time."""
+    row = tf.cast(indices, tf.int64)
+    in_range = tf.debugging.Assert(
+        tf.reduce_all((row >= 0) & (row < rows)),
+        [f"`indices` must be rows from 0 to {rows - 1}. Received: indices=", row],
+    )
+    with tf.control_dependencies([] if in_range is None else [in_range]):
+        return tf.identity(row)
+
+
 def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: Layout, rows: int) -> tf.Tensor:
     """Masks rows of a tensor that `indices` name, given as in `tf.IndexedSlices`.
 
@@ -122,13 +133,7 @@ def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: 
             which has no errors at run time).
     """
     width = layout.size // rows if rows else 0
-    row = tf.cast(indices, tf.int64)
-    in_range = tf.debugging.Assert(
-        tf.reduce_all((row >= 0) & (row < rows)),
-        [f"`indices` must be rows from 0 to {rows - 1}. Received: indices=", row],
-    )
-    with tf.control_dependencies([] if in_range is None else [in_range]):
-        row = tf.identity(row)
+    row = rows_in_range(indices, rows)
     columns = tf.range(width, dtype=tf.int64)
     entry = row[:, None] * width + columns[None, :]
     bit = (entry // max(layout.inner, 1)) % max(layout.kept, 1)
@@ -228,7 +233,30 @@ def take_trainable(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """`gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, at once."""
     index = (mask, offsets, indices)
+    gradient = of_shape(gradient, variable.shape)
     return gather_trainable(gradient, *index, layout), read_trainable(variable, *index, layout)
+
+
+def of_shape(gradient: tf.Tensor | tf.IndexedSlices, shape: tf.TensorShape) -> tf.Tensor | tf.IndexedSlices:
+    """A gradient of a tensor of this shape; where its own is not known yet, an error at run time will say so.
+
+    Raises:
+        ValueError: If it has another shape, or rows of another shape or that do not exist.
+        tf.errors.InvalidArgumentError: Likewise, at run time.
+    """
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values
+        static = values.shape
+        if static.rank is None or not static[1:].is_fully_defined():
+            # As `tf.ensure_shape`, whose result has rows of a dynamic shape for XLA: no rows at all are appended.
+            values = tf.concat([values, tf.zeros([0, *shape[1:]], values.dtype)], axis=0)
+        elif static[1:] != shape[1:]:
+            raise ValueError(
+                f"A gradient's slices must be rows of its variable, of shape {tuple(shape)}. Received: slices of shape "
+                f"{static}"
+            )
+        return tf.IndexedSlices(values, rows_in_range(gradient.indices, shape[0]), gradient.dense_shape)
+    return tf.ensure_shape(gradient, shape)
 
 
 def scatter_trainable(
@@ -270,11 +298,14 @@ def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices
         kept: Number of bits.
 
     Returns:
-        An `int64` vector like `bits`, with at most the capacity less one.
+        An `int64` vector like `bits`, with at most the capacity less one. Of a bit that is not
+        one of the mask's it is the capacity, where XLA, which has no errors at run time, scatters
+        nothing (the native op raises outside of XLA).
     """
-    del mask, offsets, kept
+    del mask, offsets
+    capacity = indices.shape[0]
     ranks = tf.searchsorted(tf.cast(indices, tf.int64), bits, out_type=tf.int64)
-    return tf.clip_by_value(ranks, 0, max(indices.shape[0] - 1, 0))
+    return tf.where((bits >= 0) & (bits < kept), tf.clip_by_value(ranks, 0, max(capacity - 1, 0)), capacity)
 
 
 def signed_indices(indices: tf.Tensor) -> tf.Tensor:
@@ -320,6 +351,7 @@ def seed_slots(
     """
     shape = slots[0].shape
     size = shape.num_elements()
+    gradient = of_shape(gradient, shape)
     wide = tf.float64 if slots[0].dtype == tf.float64 else tf.float32
 
     def seed() -> None:

@@ -58,13 +58,18 @@ def _sgd_momentum(nesterov: bool) -> Update:
     return update
 
 
+def _maximum(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """`tf.maximum` is NaN where one of the two is; on the CPU XLA's may be the other one."""
+    return tf.where(tf.math.is_nan(b) & ~tf.math.is_nan(a), b, tf.maximum(a, b))
+
+
 def _adam(amsgrad: bool) -> Update:
     def update(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
         m, v, *rest = slots
         of_m, of_v, epsilon = others
         m = m + (g - m) * of_m
         v = v + (square - v) * of_v
-        rest = [tf.maximum(rest[0], v)] if amsgrad else []
+        rest = [_maximum(rest[0], v)] if amsgrad else []
         return w - m * rate / (tf.sqrt(rest[0] if amsgrad else v) + epsilon), [m, v, *rest]
 
     return update
@@ -161,9 +166,10 @@ def _update(
     scales: Sequence[tf.Tensor],
 ) -> None:
     size = one.layout.size
+    gradient = reference.of_shape(one.gradient, one.variable.shape)
     if not size:
         return
-    gradient, square = _dense(one.gradient, rate if rule.startswith("sgd") else None, size)
+    gradient, square = _dense(gradient, rate if rule.startswith("sgd") else None, size)
     if rule.startswith("sgd") and isinstance(one.gradient, tf.IndexedSlices):
         rate = tf.ones_like(rate)
     bits = tf.fill([1], tf.constant(255, tf.uint8)) if one.bits is None else tf.convert_to_tensor(one.bits)

@@ -113,3 +113,26 @@ def test_version_has_one_source():
     assert text.count("__version__ = ") == 1
     for name in ("pyproject.toml", "CMakeLists.txt", "setup.py"):
         assert "0.1.0" not in (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not shutil.which("readelf") or not shutil.which("nm"), reason="needs binutils")
+@pytest.mark.parametrize("name", ["libfreezeops_tf*.so", "_host*.so"])
+def test_what_was_built_is_hardened(name):
+    """Full RELRO, no executable stack, no path that the loader searches, a stack protector."""
+    built = sorted((ROOT / "freezeops").glob(name))
+    if not built:
+        pytest.skip("not built")
+    path = built[-1]
+
+    def read(*command):
+        return subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
+
+    dynamic, headers = read("readelf", "-dW"), read("readelf", "-lW")
+    assert "BIND_NOW" in dynamic and "NOW" in dynamic.split("FLAGS_1", 1)[1].splitlines()[0]
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    assert "GNU_RELRO" in headers
+    (stack,) = (line for line in headers.splitlines() if "GNU_STACK" in line)
+    assert "RW " in stack and "E" not in stack.split("GNU_STACK")[1]
+    symbols = read("nm", "-D")
+    assert "__stack_chk_fail" in symbols
+    assert name.startswith("_host") or "__memcpy_chk" in symbols  # _FORTIFY_SOURCE

@@ -101,6 +101,12 @@ def variables_of(rng, rule, dtype, layouts, density, compact_state, seeded):
     return *results, (scalars, seed_slots, [2, 1][: len(seed_slots)], scales)
 
 
+def with_gradient_of_rows(one, slices):
+    """The variable with this gradient, and in its shape: generated variables are flat."""
+    shape = tf.get_static_value(slices.dense_shape)
+    return one._replace(gradient=slices, variable=tf.Variable(tf.reshape(one.variable, shape)))
+
+
 def assert_same_state(ours, twins, told):
     """Frozen entries bit for bit; trainable ones too, but that one NaN is as good as another."""
     for one, twin in zip(ours, twins, strict=True):
@@ -108,7 +114,7 @@ def assert_same_state(ours, twins, told):
         if one.unseeded is not None:
             assert_same_bits(one.unseeded.numpy(), twin.unseeded.numpy(), f"{told} unseeded")
         for number, (actual, expected) in enumerate(pairs):
-            actual, expected = actual.numpy(), expected.numpy()
+            actual, expected = actual.numpy().reshape(-1), expected.numpy().reshape(-1)
             if one.ranks is not None and number:
                 used = ops.count_bits(one.bits.numpy(), one.layout.kept) * one.layout.inner
                 actual, expected, passing = actual[:used], expected[:used], np.ones(used, bool)
@@ -164,8 +170,9 @@ class TestAgainstTheTwin:
         indices = tf.constant(rng.integers(0, rows, count), tf.int64)
         values = tf.constant(rng.normal(size=(count, width)).astype(dtype))
         slices = tf.IndexedSlices(values, indices, tf.constant([rows, width], tf.int64))
-        ops.fused_update(rule, [ours[0]._replace(gradient=slices)], *told)
-        reference_updates.fused_update(rule, [twins[0]._replace(gradient=slices)], *told)
+        ours, twins = ([with_gradient_of_rows(each[0], slices)] for each in (ours, twins))
+        ops.fused_update(rule, ours, *told)
+        reference_updates.fused_update(rule, twins, *told)
         assert_same_state(ours, twins, f"{rule} {dtype} {layout}")
 
     @pytest.mark.parametrize("isa", ["generic", "avx2"])
@@ -200,19 +207,25 @@ class TestAgainstTheTwin:
 
         def update(**changed):
             (one,), _, told = variables_of(rng, "adam", "float32", [layout], 0.5, False, False)
+            one = one._replace(**changed)
             before = [array.numpy() for array in (one.variable, *one.slots)]
             with pytest.raises(tf.errors.InvalidArgumentError) as error:
-                ops.fused_update("adam", [one._replace(**changed)], *told)
+                ops.fused_update("adam", [one], *told)
             for array, value in zip((one.variable, *one.slots), before, strict=True):
                 assert_same_bits(array.numpy(), value, "changed before the error")
             return str(error.value)
 
         assert "slot must be" in update(slots=[tf.Variable(tf.zeros([100])), tf.Variable(tf.zeros([99]))])
-        assert "gradient must have the 100 entries" in update(gradient=tf.zeros([99]))
+        assert "gradient must have the shape of the variable, [100]" in update(gradient=tf.zeros([99]))
+        assert "gradient must have the shape of the variable, [100]" in update(gradient=tf.zeros([10, 10]))
         assert "mask must have shape [13]" in update(bits=tf.Variable(tf.zeros([12], tf.uint8)))
         assert "must be of dtype float" in update(variable=tf.Variable(tf.zeros([100], tf.float64)))
         bad_rows = tf.IndexedSlices(tf.zeros([1, 10]), tf.constant([10], tf.int64), tf.constant([10, 10], tf.int64))
-        assert "indices must be in [0, 10)" in update(gradient=bad_rows)
+        assert "indices must be in [0, 10)" in update(gradient=bad_rows, variable=tf.Variable(tf.ones([10, 10])))
+        wide_rows = tf.IndexedSlices(tf.zeros([1, 20]), tf.constant([0], tf.int64), tf.constant([5, 20], tf.int64))
+        assert "values must be rows of the variable" in update(
+            gradient=wide_rows, variable=tf.Variable(tf.ones([10, 10]))
+        )
 
     def test_refuses_a_variable_that_is_there_twice(self):
         (one,), _, told = variables_of(

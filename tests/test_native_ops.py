@@ -13,6 +13,7 @@ library = _native.op_library()
 pytestmark = pytest.mark.skipif(library is None, reason="no native library for this TensorFlow")
 
 LAYOUT = [1, 12, 1]
+LONG = [2**58, 12, 1]  # of more entries than could be counted in a day
 
 
 def mask(count=2):
@@ -209,8 +210,112 @@ def test_compact_ops_refuse_other_shapes():
             library.freezeops_gather_trainable(tf.ones(3), *given.values(), layout=layout)
         with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=message):
             library.freezeops_read_trainable(variable.handle, *given.values(), T=tf.float32, layout=layout)
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match="compact must have 1 entries for each"):
+    with pytest.raises(
+        (tf.errors.InvalidArgumentError, ValueError), match="compact must have the 2 entries of the indices"
+    ):
         library.freezeops_scatter_trainable(variable.handle, tf.ones(3), *good.values(), layout=[1, 3, 1])
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"bits must be in \[0, 3\). Received: bits\[1\] = 3"):
         library.freezeops_rank_trainable(np.array([0, 3]), *good.values(), kept=3)
     assert (variable.numpy() == 1).all()
+
+
+HUGE = 2**62
+# Made once: functions make no variables.
+SLOTS = {shape: [variable(shape) for _ in range(3)] for shape in [(), (0,), (3, 4)]}
+ALL_WAIT = {size: tf.Variable(np.full((size + 7) // 8, 255, np.uint8)) for size in (0, 1, 12)}
+
+
+def seed(slots, values, indices=(), scales=None, powers=None, size=None, sparse=False, **attributes):
+    """SeedSlots of entries that all wait."""
+    size = slots[0].shape.num_elements() if size is None else size
+    bits = ALL_WAIT[max(size, 0)]
+    bits.assign(tf.fill(bits.shape, tf.constant(255, tf.uint8)))
+    scales = np.ones(len(slots)) if scales is None else scales
+    library.freezeops_seed_slots(
+        bits.handle,
+        values,
+        np.array(indices, np.int64),
+        np.array(scales, np.float64),
+        [slot.handle for slot in slots],
+        powers=[1] * len(slots) if powers is None else powers,
+        size=size,
+        sparse=sparse,
+        **attributes,
+    )
+
+
+EMPTY = [np.zeros(0, np.uint8), np.zeros(1, np.int64)]
+SIZES_THAT_OVERFLOW = {
+    "layout": (lambda: library.freezeops_mask_gradient(tf.ones(0), mask(0), layout=[HUGE, 4, 0]), "layout"),
+    "capacity": (
+        lambda: library.freezeops_gather_trainable(tf.zeros(0), *EMPTY, np.zeros(2, np.int64), layout=[1, 0, HUGE]),
+        "fewer than 2\\^63 entries|overflow",
+    ),
+    "capacity of what is scattered": (
+        lambda: library.freezeops_scatter_trainable(
+            SLOTS[0,][0].handle, tf.zeros(0), *EMPTY, np.zeros(4, np.int32), layout=[1, 0, HUGE]
+        ),
+        "fewer than 2\\^63 entries|overflow",
+    ),
+    "layout of more entries than could be counted in a day": (
+        lambda: library.freezeops_remember_frozen(SLOTS[3, 4][0].handle, mask(2), T=tf.float32, layout=LONG),
+        "variable must have the",
+    ),
+    "layout of more entries than could be counted, to restore": (
+        lambda: library.freezeops_restore_frozen(SLOTS[3, 4][0].handle, mask(2), tf.ones(1), layout=LONG),
+        "variable must have the",
+    ),
+    "rows": (
+        lambda: library.freezeops_mask_slices(
+            tf.ones((1, 4)), tf.constant([5], tf.int64), mask(0), layout=[1, 0, 4], rows=HUGE
+        ),
+        "rows times the size of a row|overflow|larger than",
+    ),
+    "negative kept": (
+        lambda: library.freezeops_rank_trainable(np.zeros(1, np.int64), *EMPTY, np.zeros(1, np.int32), kept=-8),
+        "kept must not be negative",
+    ),
+    "negative size": (lambda: seed(SLOTS[0,][:1], tf.zeros(0), size=-8), "size not negative|size"),
+    "fewer powers than slots": (lambda: seed(SLOTS[3, 4][:2], tf.ones((3, 4)), powers=[1]), "powers must be"),
+    "scales too short": (lambda: seed(SLOTS[3, 4], tf.ones((3, 4)), scales=[1.0]), "scales must be|[Dd]imension"),
+    "scales too short for a call": (
+        lambda: seed(SLOTS[3, 4], tf.ones((3, 4)), scales=[1.0], materialized=True),
+        "scales must be|[Dd]imension",
+    ),
+    "slices of a scalar slot": (
+        lambda: seed(SLOTS[()][:1], tf.ones(1), [0], sparse=True),
+        "values must be rows of the slots",
+    ),
+    "values of another shape": (
+        lambda: seed(SLOTS[3, 4][:1], tf.ones((4, 3))),
+        "values must have the shape of the slots",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@pytest.mark.parametrize("case", SIZES_THAT_OVERFLOW)
+def test_sizes_are_checked_before_memory_is_touched(case, mode):
+    call, message = SIZES_THAT_OVERFLOW[case]
+    if mode != "eager":
+        call = tf.function(call, jit_compile=mode == "jit", autograph=False)
+    for slot in (slot for slots in SLOTS.values() for slot in slots):
+        slot.assign(tf.zeros_like(slot))
+    with pytest.raises((ValueError, tf.errors.OpError), match=message):
+        call()
+    assert not any(slot.numpy().any() for slots in SLOTS.values() for slot in slots)
+
+
+def test_rows_of_more_entries_than_can_be_counted():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="rows times the size of a row"):
+        library.freezeops_mask_slices(
+            tf.zeros((0, 2**40, 2**40)), tf.zeros(0, tf.int64), mask(0), layout=[1, 0, 4], rows=1
+        )
+
+
+@pytest.mark.parametrize("row", [3, -1, 2**31, HUGE, 2**63 - 1, -(2**63)])
+def test_seeding_a_row_that_does_not_exist_writes_nothing(row):
+    slots = [tf.Variable(tf.zeros((3, 4))), tf.Variable(tf.zeros((3, 4)))]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"indices must be in \[0, 3\).*indices\[1\] = "):
+        seed(slots, tf.ones((2, 4)), [0, row], sparse=True)
+    assert not any(slot.numpy().any() for slot in slots)

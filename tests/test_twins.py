@@ -327,15 +327,17 @@ def test_seed_slots_refuses_what_does_not_fit():
     one = [tf.constant(1.0, tf.float64)]
     with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match="12 entries"):
         ops.seed_slots(bits, tf.zeros([11]), one, [slot], [2])
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match="powers must be 1 or 2. Received: power 3"):
+    with pytest.raises(
+        (tf.errors.InvalidArgumentError, ValueError), match=r"powers must be 1 or 2.*Received: powers=\[3\]"
+    ):
         ops.seed_slots(bits, tf.zeros([3, 4]), one, [slot], [3])
     with pytest.raises(tf.errors.InvalidArgumentError, match="one bit for each of 12 entries"):
         ops.seed_slots(tf.Variable(np.zeros(3, np.uint8)), tf.zeros([3, 4]), one, [slot], [2])
     bits.assign([255, 15])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="a slot of double"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a slot of dtype double"):
         ops.seed_slots(bits, tf.zeros([3, 4]), one, [tf.Variable(np.zeros((3, 4)))], [2])
     slices = tf.IndexedSlices(tf.ones([1, 4]), tf.constant([3]), tf.constant([3, 4]))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="index 3"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"indices\[0\] = 3"):
         ops.seed_slots(bits, slices, one, [slot], [2])
     assert not slot.numpy().any()
 

@@ -37,6 +37,35 @@ struct IntegerOf<8> {
   using Type = uint64_t;
 };
 
+// load_bits() of bits that other threads clear meanwhile, each thread its own: in compact state two may share a byte.
+FREEZEOPS_INLINE uint64_t load_shared_bits(const uint8_t* bits, int64_t byte_count, int64_t bit) {
+  int64_t byte = bit >> 3;
+  const int shift = static_cast<int>(bit & 7);
+  uint64_t word = 0;
+  uint64_t next = 0;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  // Two words that lie as words must.
+  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(bits + byte) & 7);
+  if (byte >= before && byte - before + 16 <= byte_count) {
+    const uint64_t* const words = reinterpret_cast<const uint64_t*>(bits + byte - before);
+    word = __atomic_load_n(words, __ATOMIC_RELAXED);
+    const int all = 8 * before + shift;
+    if (all == 0) return word;
+    next = __atomic_load_n(words + 1, __ATOMIC_RELAXED);
+    return (word >> all) | (next << (64 - all));
+  }
+#endif
+  for (int i = 0; i < 9 && byte < byte_count; ++i, ++byte) {
+    const uint64_t one = __atomic_load_n(bits + byte, __ATOMIC_RELAXED);
+    if (i < 8) {
+      word |= one << (8 * i);
+    } else {
+      next = one;
+    }
+  }
+  return shift == 0 ? word : (word >> shift) | (next << (64 - shift));
+}
+
 // The updates of one variable. Positions are those of entries in the variable; an entry's slot is at the same position
 // in full state, at its rank in compact state.
 template <Rule kRule, FusedType kType>
@@ -152,7 +181,7 @@ class Updates {
 
   // Whether none of `count` slots from `slot` on, at most 64, waits to be seeded.
   bool none_waits(int64_t slot, int count) const {
-    return !seeds() || (load_bits(unseeded_, unseeded_bytes_, slot) & low_bits(count)) == 0;
+    return !seeds() || (load_shared_bits(unseeded_, unseeded_bytes_, slot) & low_bits(count)) == 0;
   }
 
   // Seeding, before the update: of slots that wait for it.
@@ -161,7 +190,7 @@ class Updates {
 
   // The selected ones of up to 64 slots from `slot` on.
   void seed(int64_t slot, uint64_t selected, const Entry* g, const Entry* square) const {
-    uint64_t waiting = load_bits(unseeded_, unseeded_bytes_, slot) & selected;
+    uint64_t waiting = load_shared_bits(unseeded_, unseeded_bytes_, slot) & selected;
     for (; waiting != 0; waiting &= waiting - 1) {
       const int i = __builtin_ctzll(waiting);
       seed_one(slot + i, g == nullptr ? Entry(Acc(0)) : g[i], square == nullptr ? nullptr : square + i);
@@ -174,7 +203,6 @@ class Updates {
   }
 
   void seed_one(int64_t slot, Entry g, const Entry* square) const {
-    if (!bit_is_set(unseeded_, slot)) return;
     const Acc value = static_cast<Acc>(g);
     Acc of_square = value * value;
     // Gradients of repeated rows may cancel; their squares do not, see reference.seed_slots.
@@ -503,7 +531,9 @@ bool update_by_index(const FusedStep& step, const FusedTensor& tensor, const Ind
     for (int i = 0; i < count; ++i) {
       const uint64_t entry = static_cast<uint64_t>(at[i]);
       fit = fit && entry < kept && bit_is_set(tensor.mask.bits, static_cast<int64_t>(entry));
-      if (first + i + kAhead < last) updates.template prefetch<false>(static_cast<int64_t>(at[i + kAhead]));
+      if (first + i + kAhead < last && static_cast<uint64_t>(at[i + kAhead]) < kept) {
+        updates.template prefetch<false>(static_cast<int64_t>(at[i + kAhead]));
+      }
       if (!fit) break;
       w[i] = updates.variable()[entry];
       if (updates.gradient() != nullptr) g[i] = updates.gradient()[entry];

@@ -149,7 +149,7 @@ class FusedParts {
         const int64_t end = std::min(begin + kRankBlockBits, kept);
         const int64_t ones = cpu_kernels().count_ones(mask.bits, begin, end);
         const int64_t rank = offsets[block];
-        fit = fit && rank >= 0 && offsets[block + 1] - rank == ones && rank + ones <= variable.capacity;
+        fit = fit && rank >= 0 && rank <= variable.capacity - ones && offsets[block + 1] == rank + ones;
         if (!fit || !by_index || ones == 0) continue;
         const int64_t index = indices.wide ? static_cast<const int64_t*>(indices.data)[rank]
                                            : static_cast<int64_t>(static_cast<const uint32_t*>(indices.data)[rank]);

@@ -1,7 +1,8 @@
 // What an optimizer does to an entry: Keras's arithmetic, operation by operation, in the order of its roundings.
 //
 // Written once for every kind of value: vectors of a processor, single values on a GPU, XLA's expressions. V has
-// + - * / and the functions square_root, maximum and sign_of. Read in Keras 3.15.1, keras/src/optimizers/*.py.
+// + - * / and the functions square_root, maximum and sign_of, which all give NaN for NaN. Read in Keras 3.15.1,
+// keras/src/optimizers/*.py.
 //
 // Nothing here may be contracted (a * b + c in one rounding): files that include this are compiled without.
 

@@ -20,10 +20,11 @@ namespace freezeops {
 // Runs work(first, last) over parts of [0, count), in parallel where that pays: (count, cycles per unit, work).
 using ParallelForFunction = std::function<void(int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
 
-// The number of ones before a bit, given those before each block.
+// The number of ones before a bit, given those before each block: any number, if these are wrong.
 inline int64_t RankOf(const uint8_t* bits, const int64_t* offsets, int64_t bit) {
   const int64_t block = bit / kRankBlockBits;
-  return offsets[block] + cpu_kernels().count_ones(bits, block * kRankBlockBits, bit);
+  const int64_t within = cpu_kernels().count_ones(bits, block * kRankBlockBits, bit);
+  return static_cast<int64_t>(static_cast<uint64_t>(offsets[block]) + static_cast<uint64_t>(within));
 }
 
 // The positions of the trainable bits, ascending, of either type.
@@ -128,7 +129,10 @@ class TrainableParts {
   }
 
  private:
-  int64_t count(int64_t part) const { return ranks_[part + 1] - ranks_[part]; }
+  // Any number, until it was compared with the bits.
+  int64_t count(int64_t part) const {
+    return static_cast<int64_t>(static_cast<uint64_t>(ranks_[part + 1]) - static_cast<uint64_t>(ranks_[part]));
+  }
   int64_t end_bit(int64_t part) const { return std::min((part + 1) * part_bits_, mask_.layout.kept); }
   int64_t begin(int64_t part) const { return part * part_bits_ * mask_.layout.inner; }
   int64_t end(int64_t part) const { return end_bit(part) * mask_.layout.inner; }
@@ -150,7 +154,8 @@ class TrainableParts {
           U* const few = static_cast<U*>(compact[a]);
           U* const all = static_cast<U*>(const_cast<void*>(whole[a]));
           for (int64_t i = first; i < last; ++i) {
-            __builtin_prefetch(all + indices[std::min(i + kAhead, last - 1)], kScatter);
+            const uint64_t ahead = static_cast<uint64_t>(indices[std::min(i + kAhead, last - 1)]);
+            __builtin_prefetch(all + (ahead < kept ? ahead : 0), kScatter);
             const uint64_t entry = static_cast<uint64_t>(indices[i]);
             if (entry >= kept || (kScatter && !bit_is_set(mask_.bits, static_cast<int64_t>(entry)))) {
               all_fit = false;

@@ -99,8 +99,11 @@ struct Vector {
   friend Vector operator*(Vector a, Vector b) { return of(_mm256_mul_ps(a.values, b.values)); }
   friend Vector operator/(Vector a, Vector b) { return of(_mm256_div_ps(a.values, b.values)); }
   friend Vector square_root(Vector a) { return of(_mm256_sqrt_ps(a.values)); }
-  // Of two values of which one is NaN the processor takes the second.
-  friend Vector maximum(Vector a, Vector b) { return {_mm256_max_ps(b.values, a.values)}; }
+  // NaN wherever one of the two is: the processor takes the second one then.
+  friend Vector maximum(Vector a, Vector b) {
+    const __m256 larger = _mm256_max_ps(a.values, b.values);
+    return {_mm256_blendv_ps(larger, a.values, _mm256_cmp_ps(a.values, a.values, _CMP_UNORD_Q))};
+  }
   friend Vector sign_of(Vector a) {
     const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1.0f), minus_one = _mm256_set1_ps(-1.0f);
     __m256 sign = _mm256_blendv_ps(a.values, zero, _mm256_cmp_ps(a.values, zero, _CMP_EQ_OQ));
@@ -131,7 +134,10 @@ struct Vector<kFloat64> {
   friend Vector operator*(Vector a, Vector b) { return {_mm256_mul_pd(a.values, b.values)}; }
   friend Vector operator/(Vector a, Vector b) { return {_mm256_div_pd(a.values, b.values)}; }
   friend Vector square_root(Vector a) { return {_mm256_sqrt_pd(a.values)}; }
-  friend Vector maximum(Vector a, Vector b) { return {_mm256_max_pd(b.values, a.values)}; }
+  friend Vector maximum(Vector a, Vector b) {
+    const __m256d larger = _mm256_max_pd(a.values, b.values);
+    return {_mm256_blendv_pd(larger, a.values, _mm256_cmp_pd(a.values, a.values, _CMP_UNORD_Q))};
+  }
   friend Vector sign_of(Vector a) {
     const __m256d zero = _mm256_setzero_pd(), one = _mm256_set1_pd(1.0), minus_one = _mm256_set1_pd(-1.0);
     __m256d sign = _mm256_blendv_pd(a.values, zero, _mm256_cmp_pd(a.values, zero, _CMP_EQ_OQ));

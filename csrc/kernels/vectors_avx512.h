@@ -118,8 +118,11 @@ struct Vector {
   friend Vector operator*(Vector a, Vector b) { return of(_mm512_mul_ps(a.values, b.values)); }
   friend Vector operator/(Vector a, Vector b) { return of(_mm512_div_ps(a.values, b.values)); }
   friend Vector square_root(Vector a) { return of(_mm512_sqrt_ps(a.values)); }
-  // Of two values of which one is NaN the processor takes the second.
-  friend Vector maximum(Vector a, Vector b) { return {_mm512_max_ps(b.values, a.values)}; }
+  // NaN wherever one of the two is: the processor takes the second one then.
+  friend Vector maximum(Vector a, Vector b) {
+    const __mmask16 first = _mm512_cmp_ps_mask(a.values, a.values, _CMP_UNORD_Q);
+    return {_mm512_mask_mov_ps(_mm512_max_ps(a.values, b.values), first, a.values)};
+  }
   friend Vector sign_of(Vector a) {
     const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
     __m512 sign = _mm512_mask_mov_ps(a.values, _mm512_cmp_ps_mask(a.values, zero, _CMP_EQ_OQ), zero);
@@ -155,7 +158,10 @@ struct Vector<kFloat64> {
   friend Vector operator*(Vector a, Vector b) { return {_mm512_mul_pd(a.values, b.values)}; }
   friend Vector operator/(Vector a, Vector b) { return {_mm512_div_pd(a.values, b.values)}; }
   friend Vector square_root(Vector a) { return {_mm512_sqrt_pd(a.values)}; }
-  friend Vector maximum(Vector a, Vector b) { return {_mm512_max_pd(b.values, a.values)}; }
+  friend Vector maximum(Vector a, Vector b) {
+    const __mmask8 first = _mm512_cmp_pd_mask(a.values, a.values, _CMP_UNORD_Q);
+    return {_mm512_mask_mov_pd(_mm512_max_pd(a.values, b.values), first, a.values)};
+  }
   friend Vector sign_of(Vector a) {
     const __m512d zero = _mm512_setzero_pd(), one = _mm512_set1_pd(1.0);
     __m512d sign = _mm512_mask_mov_pd(a.values, _mm512_cmp_pd_mask(a.values, zero, _CMP_EQ_OQ), zero);

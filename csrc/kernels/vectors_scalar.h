@@ -74,7 +74,11 @@ struct Single {
                                : static_cast<Acc>(__builtin_sqrt(a.value)));
 #endif
   }
-  friend FREEZEOPS_METHOD Single maximum(Single a, Single b) { return a.value < b.value ? b : a; }
+  // NaN wherever one of the two is.
+  friend FREEZEOPS_METHOD Single maximum(Single a, Single b) {
+    const bool second_is_nan = b.value != b.value && a.value == a.value;
+    return a.value < b.value || second_is_nan ? b : a;
+  }
   friend FREEZEOPS_METHOD Single sign_of(Single a) {
     return {a.value > 0 ? Acc(1) : a.value < 0 ? Acc(-1) : a.value == 0 ? Acc(0) : a.value};
   }

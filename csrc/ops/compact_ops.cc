@@ -35,8 +35,9 @@ class CpuCompactOp : public CompactOp {
 
  protected:
   // Inputs `first` and on are the mask, its offsets and the indices.
-  absl::Status MakeParts(OpKernelContext* ctx, int first, std::unique_ptr<TrainableParts>* parts) const {
-    TF_RETURN_IF_ERROR(CheckIndex(ctx, first));
+  absl::Status MakeParts(OpKernelContext* ctx, int first, std::unique_ptr<TrainableParts>* parts,
+                         int64_t* compact_size) const {
+    TF_RETURN_IF_ERROR(CheckIndex(ctx, first, compact_size));
     const Tensor& mask = ctx->input(first);
     const Tensor& offsets = ctx->input(first + 1);
     const Tensor& indices = ctx->input(first + 2);
@@ -50,12 +51,13 @@ class CpuCompactOp : public CompactOp {
     return absl::OkStatus();
   }
 
-  void Gather(OpKernelContext* ctx, const TrainableParts& parts, const std::vector<const Tensor*>& sources) const {
+  void Gather(OpKernelContext* ctx, const TrainableParts& parts, int64_t compact_size,
+              const std::vector<const Tensor*>& sources) const {
     std::vector<void*> compact;
     std::vector<const void*> whole;
     for (size_t i = 0; i < sources.size(); ++i) {
       Tensor* output = nullptr;
-      const TensorShape shape({parts.capacity() * layout_.inner});
+      const TensorShape shape({compact_size});
       OP_REQUIRES_OK(ctx, ctx->allocate_output(static_cast<int>(i), shape, &output));
       if (output->NumElements() == 0) continue;
       compact.push_back(output->data());
@@ -71,9 +73,10 @@ class GatherTrainableOp : public CpuCompactOp {
 
   void Compute(OpKernelContext* ctx) override {
     OP_REQUIRES_OK(ctx, CheckEntries("source", ctx->input(0).shape(), layout_));
+    int64_t compact_size = 0;
     std::unique_ptr<TrainableParts> parts;
-    OP_REQUIRES_OK(ctx, MakeParts(ctx, 1, &parts));
-    Gather(ctx, *parts, {&ctx->input(0)});
+    OP_REQUIRES_OK(ctx, MakeParts(ctx, 1, &parts, &compact_size));
+    Gather(ctx, *parts, compact_size, {&ctx->input(0)});
   }
 };
 
@@ -84,11 +87,12 @@ class ReadTrainableOp : public CpuCompactOp {
   void Compute(OpKernelContext* ctx) override {
     tensorflow::core::RefCountPtr<Var> variable;
     OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
+    int64_t compact_size = 0;
     std::unique_ptr<TrainableParts> parts;
-    OP_REQUIRES_OK(ctx, MakeParts(ctx, 1, &parts));
+    OP_REQUIRES_OK(ctx, MakeParts(ctx, 1, &parts, &compact_size));
     tensorflow::tf_shared_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
-    Gather(ctx, *parts, {variable->tensor()});
+    Gather(ctx, *parts, compact_size, {variable->tensor()});
   }
 };
 
@@ -99,12 +103,12 @@ class TakeTrainableOp : public CpuCompactOp {
   void Compute(OpKernelContext* ctx) override {
     tensorflow::core::RefCountPtr<Var> variable;
     OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
-    OP_REQUIRES_OK(ctx, CheckEntries("gradient", ctx->input(1).shape(), layout_));
+    int64_t compact_size = 0;
     std::unique_ptr<TrainableParts> parts;
-    OP_REQUIRES_OK(ctx, MakeParts(ctx, 2, &parts));
+    OP_REQUIRES_OK(ctx, MakeParts(ctx, 2, &parts, &compact_size));
     tensorflow::tf_shared_lock lock(*variable->mu());
-    OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
-    Gather(ctx, *parts, {&ctx->input(1), variable->tensor()});
+    OP_REQUIRES_OK(ctx, CheckVariableAndGradient(variable.get(), ctx->input(1)));
+    Gather(ctx, *parts, compact_size, {&ctx->input(1), variable->tensor()});
   }
 };
 
@@ -116,9 +120,10 @@ class ScatterTrainableOp : public CpuCompactOp {
     tensorflow::core::RefCountPtr<Var> variable;
     OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
     const Tensor& compact = ctx->input(1);
+    int64_t compact_size = 0;
     std::unique_ptr<TrainableParts> parts;
-    OP_REQUIRES_OK(ctx, MakeParts(ctx, 2, &parts));
-    OP_REQUIRES_OK(ctx, CheckCompact(compact, parts->capacity()));
+    OP_REQUIRES_OK(ctx, MakeParts(ctx, 2, &parts, &compact_size));
+    OP_REQUIRES_OK(ctx, CheckCompact(compact.shape(), compact_size));
 
     tensorflow::mutex_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));

@@ -25,26 +25,23 @@ class FusedUpdateGpuOp : public FusedOp {
     const FusedAttributes& a = attributes_;
     OP_REQUIRES_OK(ctx, CheckNumbers(ctx));
     std::vector<Held> held(a.count());
-    std::vector<GradientRows> rows(a.count());
     for (int i = 0; i < a.count(); ++i) {
       OP_REQUIRES_OK(ctx, ReadMask(ctx, i, &held[i]));
       OP_REQUIRES(ctx, !a.compact || held[i].indices.dtype() != tensorflow::DT_INT32,
-                  InvalidArgument("indices must be of dtype uint32, int64 or uint64 on a GPU, where TensorFlow keeps "
+                  InvalidArgument("indices must be of dtype uint32 or int64 on a GPU, where TensorFlow keeps "
                                   "variables of int32 in the host's memory. Received: indices of dtype int32"));
-      OP_REQUIRES_OK(ctx, CheckGradient(ctx, i, &rows[i]));
     }
-    std::vector<Tensor> scratch;  // until the kernels that use it are started: what comes later on the stream waits
-    std::vector<cuda::FusedVariable> variables(a.count(), cuda::FusedVariable{});
-    for (int i = 0; i < a.count(); ++i) {
-      OP_REQUIRES_OK(ctx, TakeGradient(ctx, i, rows[i], &scratch, &variables[i]));
-    }
-
     std::vector<VarPtr> locked;
     OP_REQUIRES_OK(ctx, LookUpWritten(ctx, &locked));
     LockAll lock(locked);
     std::vector<Written> written;
-    OP_REQUIRES_OK(ctx,
-                   PrepareWritten(locked, held, [ctx](Tensor* value) { return UnshareOnGpu(ctx, value); }, &written));
+    const auto unshare = [ctx](Tensor* value) { return UnshareOnGpu(ctx, value); };
+    OP_REQUIRES_OK(ctx, PrepareWritten(ctx, locked, unshare, &held, &written));
+    std::vector<Tensor> scratch;  // until the kernels that use it are started: what comes later on the stream waits
+    std::vector<cuda::FusedVariable> variables(a.count(), cuda::FusedVariable{});
+    for (int i = 0; i < a.count(); ++i) {
+      OP_REQUIRES_OK(ctx, TakeGradient(ctx, i, held[i].rows, &scratch, &variables[i]));
+    }
     for (int i = 0; i < a.count(); ++i) {
       cuda::FusedVariable& each = variables[i];
       each.variable = written[i].variable;

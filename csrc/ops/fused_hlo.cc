@@ -43,7 +43,10 @@ Expression operator-(Expression a, Expression b) { return xla::Sub(a.op, b.op); 
 Expression operator*(Expression a, Expression b) { return xla::Mul(a.op, b.op); }
 Expression operator/(Expression a, Expression b) { return xla::Div(a.op, b.op); }
 Expression square_root(Expression a) { return xla::Sqrt(a.op); }
-Expression maximum(Expression a, Expression b) { return xla::Max(a.op, b.op); }
+// NaN wherever one of the two is: XLA's own may give the other one on the CPU.
+Expression maximum(Expression a, Expression b) {
+  return xla::Select(xla::Ne(a.op, a.op), a.op, xla::Select(xla::Ne(b.op, b.op), b.op, xla::Max(a.op, b.op)));
+}
 Expression sign_of(Expression a) { return xla::Sign(a.op); }
 
 void UpdateEntries(const NamedRule& rule, bool decays, const Expression* scalars, Expression& variable,
@@ -100,12 +103,11 @@ class VariableUpdate {
         seeded_(attributes.NumberIn(attributes.seeded)[i]),
         integers_(IntegersFor(attributes.dtype)) {}
 
-  // Reads all that the update is of. Numbers and masks have been checked, see fused_xla.cc.
+  // Reads all that the update is of. Dtypes and shapes have been checked, see fused_xla.cc.
   absl::Status Read() {
     TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(a_.dtype, &type_));
     ReadScalars();
     TF_RETURN_IF_ERROR(ctx_->ReadVariableInput(a_.variable(i_), a_.dtype, &shape_, &whole_));
-    TF_RETURN_IF_ERROR(CheckEntries("variable", shape_, layout_));
     TF_RETURN_IF_ERROR(ReadGradient());
     TF_RETURN_IF_ERROR(ReadMask());
     TF_RETURN_IF_ERROR(ReadSlots());
@@ -184,18 +186,14 @@ class VariableUpdate {
 
   // Dense, in the variable's shape.
   absl::Status ReadGradient() {
-    TensorShape shape;
-    TF_RETURN_IF_ERROR(GetShape(ctx_, a_.gradient(i_), &shape));
     if (sparse_ < 0) {
-      TF_RETURN_IF_ERROR(CheckEntries("gradient", shape, layout_));
-      gradient_ = xla::Reshape(ctx_->Input(a_.gradient(i_)), shape_.dim_sizes());
+      gradient_ = ctx_->Input(a_.gradient(i_));
       return absl::OkStatus();
     }
-    TensorShape rows;
-    TF_RETURN_IF_ERROR(GetShape(ctx_, a_.rows(sparse_), &rows));
-    GradientRows found = {};
-    TF_RETURN_IF_ERROR(a_.CheckSlices(i_, shape, rows, &found));
-    XlaOp values = xla::Reshape(ctx_->Input(a_.gradient(i_)), {rows.dim_size(0), found.width});
+    TensorShape values_shape;
+    TF_RETURN_IF_ERROR(GetShape(ctx_, a_.gradient(i_), &values_shape));
+    const GradientRows found = {shape_.dim_size(0), RowSize(values_shape)};
+    XlaOp values = xla::Reshape(ctx_->Input(a_.gradient(i_)), {values_shape.dim_size(0), found.width});
     if (a_.rule->rule == Rule::kSgd) {
       // As Keras: by the learning rate before they are summed.
       values = xla::Mul(values, scalars_[kRate].op);
@@ -222,16 +220,9 @@ class VariableUpdate {
     }
 
     DataType index_dtype;
-    TensorShape index_shape, offsets_shape;
-    DataType offsets_dtype;
-    TF_RETURN_IF_ERROR(ctx_->GetVariableTypeAndShape(a_.offsets(i_), &offsets_dtype, &offsets_shape));
-    TF_RETURN_IF_ERROR(CheckOffsets(offsets_shape, layout_.kept));
+    TensorShape index_shape;
     TF_RETURN_IF_ERROR(ctx_->GetVariableTypeAndShape(a_.indices(i_), &index_dtype, &index_shape));
     TF_RETURN_IF_ERROR(ctx_->ReadVariableInput(a_.indices(i_), index_dtype, &index_shape, &indices_));
-    if (index_shape.dims() != 1 || !tensorflow::DataTypeIsInteger(index_dtype)) {
-      return InvalidArgument("indices must be a vector of integers. Received: indices of dtype ",
-                             tensorflow::DataTypeString(index_dtype), " and shape ", index_shape.DebugString());
-    }
     capacity_ = index_shape.dim_size(0);
     updated_ = TensorShape(DimsOf(capacity_, layout_.inner));
     if (empty()) return absl::OkStatus();
@@ -264,10 +255,6 @@ class VariableUpdate {
     for (int j = 0; j < a_.rule->slots; ++j) {
       XlaOp slot;
       TF_RETURN_IF_ERROR(ctx_->ReadVariableInput(a_.slot(i_, j), a_.dtype, &slot_shapes_[j], &slot));
-      if (slot_shapes_[j].num_elements() != updated_.num_elements()) {
-        return InvalidArgument("slot must have ", updated_.num_elements(), " entries. Received: one of shape ",
-                               slot_shapes_[j].DebugString());
-      }
       old_slots_.push_back(xla::Reshape(slot, updated_.dim_sizes()));
     }
     slots_ = old_slots_;
@@ -276,8 +263,7 @@ class VariableUpdate {
 
   absl::Status ReadUnseeded() {
     TensorShape shape;
-    TF_RETURN_IF_ERROR(ctx_->ReadVariableInput(a_.unseeded(seeded_), tensorflow::DT_UINT8, &shape, &unseeded_));
-    return CheckMask(shape, {1, updated_.num_elements(), 1});
+    return ctx_->ReadVariableInput(a_.unseeded(seeded_), tensorflow::DT_UINT8, &shape, &unseeded_);
   }
 
   // What slot number i of seed_slots starts from, see seed_slots.h.

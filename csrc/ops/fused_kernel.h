@@ -31,6 +31,8 @@ class FusedOp : public tensorflow::OpKernel {
   // What is read alone is held as a read holds it: whoever writes it meanwhile writes to another buffer.
   struct Held {
     tensorflow::Tensor mask, offsets, indices;  // without a value where the variable has none
+    int64_t slot_size;                          // entries of each slot
+    GradientRows rows;                          // where the gradient is slices
   };
 
   // Where the data is that is written.
@@ -50,6 +52,7 @@ class FusedOp : public tensorflow::OpKernel {
   absl::Status ReadMask(tensorflow::OpKernelContext* ctx, int i, Held* held) const {
     const FusedAttributes& a = attributes_;
     const MaskLayout& layout = a.layouts[i];
+    held->slot_size = entries(layout);
     if (masked_[i] < 0) return a.CheckUnmasked(i);
     TF_RETURN_IF_ERROR(ReadVariable(ctx, a.mask(masked_[i]), &held->mask));
     if (held->mask.dtype() != tensorflow::DT_UINT8) {
@@ -62,25 +65,10 @@ class FusedOp : public tensorflow::OpKernel {
     const tensorflow::Tensor& indices = held->indices;
     TF_RETURN_IF_ERROR(ReadVariable(ctx, a.offsets(i), &held->offsets));
     TF_RETURN_IF_ERROR(ReadVariable(ctx, a.indices(i), &held->indices));
-    TF_RETURN_IF_ERROR(CheckOffsets(offsets.shape(), layout.kept));
-    if (offsets.dtype() != tensorflow::DT_INT64 || indices.dims() != 1 ||
-        !tensorflow::DataTypeIsInteger(indices.dtype()) || tensorflow::DataTypeSize(indices.dtype()) < 4) {
-      return InvalidArgument("offsets must be int64 and indices a vector of integers. Received: offsets of dtype ",
-                             tensorflow::DataTypeString(offsets.dtype()), ", indices of dtype ",
-                             tensorflow::DataTypeString(indices.dtype()), " and shape ", indices.shape().DebugString());
-    }
-    return absl::OkStatus();
+    return a.CheckIndex(i, offsets.dtype(), offsets.shape(), indices.dtype(), indices.shape(), &held->slot_size);
   }
 
   static bool HasWideIndices(const Held& held) { return tensorflow::DataTypeSize(held.indices.dtype()) == 8; }
-
-  // `rows` is set where the gradient is slices.
-  absl::Status CheckGradient(tensorflow::OpKernelContext* ctx, int i, GradientRows* rows) const {
-    const FusedAttributes& a = attributes_;
-    const tensorflow::TensorShape& gradient = ctx->input(a.gradient(i)).shape();
-    if (sparse_[i] < 0) return CheckEntries("gradient", gradient, a.layouts[i]);
-    return a.CheckSlices(i, gradient, ctx->input(a.rows(sparse_[i])).shape(), rows);
-  }
 
   // Of each variable itself, its slots, its bits of what waits, in this order.
   absl::Status LookUpWritten(tensorflow::OpKernelContext* ctx, std::vector<VarPtr>* variables) const {
@@ -106,17 +94,21 @@ class FusedOp : public tensorflow::OpKernel {
                            (*twice)->tensor()->shape().DebugString(), " twice");
   }
 
-  // Checks all of these, whose locks are held, then gives each whose buffer a read shares one of its own by
-  // unshare(value): in copy-on-read mode no read shares the buffer, otherwise one that does must not see this write.
+  // Checks all of these, whose locks are held, and the gradients' shapes. Then gives each whose buffer a read shares
+  // one of its own by unshare(value): in copy-on-read mode no read shares the buffer, otherwise one that does must not
+  // see this write.
   template <typename Unshare>
-  absl::Status PrepareWritten(const std::vector<VarPtr>& variables, const std::vector<Held>& held,
-                              const Unshare& unshare, std::vector<Written>* written) const {
+  absl::Status PrepareWritten(tensorflow::OpKernelContext* ctx, const std::vector<VarPtr>& variables,
+                              const Unshare& unshare, std::vector<Held>* held, std::vector<Written>* written) const {
     const FusedAttributes& a = attributes_;
     auto next = variables.begin();
     for (int i = 0; i < a.count(); ++i) {
-      const int64_t size = entries(a.layouts[i]);
-      const int64_t slot_size = a.compact ? held[i].indices.dim_size(0) * a.layouts[i].inner : size;
-      TF_RETURN_IF_ERROR(CheckWritten("variable", **next++, a.dtype, size));
+      const int64_t slot_size = (*held)[i].slot_size;
+      const VarPtr& variable = *next++;
+      TF_RETURN_IF_ERROR(CheckWritten("variable", *variable, a.dtype, entries(a.layouts[i])));
+      const tensorflow::TensorShape* const rows = sparse_[i] < 0 ? nullptr : &ctx->input(a.rows(sparse_[i])).shape();
+      TF_RETURN_IF_ERROR(
+          a.CheckGradient(variable->tensor()->shape(), ctx->input(a.gradient(i)).shape(), rows, &(*held)[i].rows));
       for (int j = 0; j < a.rule->slots; ++j) {
         TF_RETURN_IF_ERROR(CheckWritten("slot", **next++, a.dtype, slot_size));
       }

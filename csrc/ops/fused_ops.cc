@@ -8,6 +8,7 @@
 #include "kernels/fused_parts.h"
 #include "ops/cpu_helpers.h"
 #include "ops/fused_kernel.h"
+#include "ops/shape_checks.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -25,14 +26,9 @@ absl::Status FusedUpdateShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(GetFusedAttributes(c, &attributes));
   const std::vector<int> sparse = attributes.NumberIn(attributes.sparse);
   for (int i = 0; i < attributes.count(); ++i) {
+    const int variable = attributes.variable(i);
     const ShapeHandle gradient = c->input(attributes.gradient(i));
-    if (sparse[i] >= 0 || !c->RankKnown(gradient)) continue;
-    const auto count = c->NumElements(gradient);
-    if (c->ValueKnown(count) && c->Value(count) != entries(attributes.layouts[i])) {
-      return InvalidArgument("gradient must have the ", entries(attributes.layouts[i]), " entries of layout ",
-                             LayoutString(attributes.layouts[i]), ". Received: gradient of shape ",
-                             c->DebugString(gradient));
-    }
+    TF_RETURN_IF_ERROR(sparse[i] < 0 ? CheckGradientOf(c, variable, gradient) : CheckSlicesOf(c, variable, gradient));
   }
   ShapeHandle scalars, scales;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(attributes.scalars()), 1, &scalars));
@@ -52,15 +48,16 @@ class FusedUpdateOp : public FusedOp {
     std::vector<Held> held(a.count());
     std::vector<FusedVariable> variables(a.count());
     std::vector<Slices> slices(a.count());
-    for (int i = 0; i < a.count(); ++i) {
-      OP_REQUIRES_OK(ctx, ReadMask(ctx, i, &held[i]));
-      OP_REQUIRES_OK(ctx, ReadGradient(ctx, i, &slices[i], &variables[i]));
-    }
+    for (int i = 0; i < a.count(); ++i) OP_REQUIRES_OK(ctx, ReadMask(ctx, i, &held[i]));
     std::vector<VarPtr> locked;
     OP_REQUIRES_OK(ctx, LookUpWritten(ctx, &locked));
     LockAll lock(locked);
     std::vector<Written> written;
-    OP_REQUIRES_OK(ctx, PrepareWritten(locked, held, [ctx](Tensor* value) { return Unshare(ctx, value); }, &written));
+    const auto unshare = [ctx](Tensor* value) { return Unshare(ctx, value); };
+    OP_REQUIRES_OK(ctx, PrepareWritten(ctx, locked, unshare, &held, &written));
+    for (int i = 0; i < a.count(); ++i) {
+      OP_REQUIRES_OK(ctx, ReadGradient(ctx, i, held[i].rows, &slices[i], &variables[i]));
+    }
     static const uint8_t kAll = 0xff;
     for (int i = 0; i < a.count(); ++i) {
       FusedTensor& tensor = variables[i].tensor;
@@ -86,10 +83,9 @@ class FusedUpdateOp : public FusedOp {
   }
 
  private:
-  absl::Status ReadGradient(OpKernelContext* ctx, int i, Slices* slices, FusedVariable* variable) const {
+  absl::Status ReadGradient(OpKernelContext* ctx, int i, const GradientRows& rows, Slices* slices,
+                            FusedVariable* variable) const {
     const Tensor& gradient = ctx->input(attributes_.gradient(i));
-    GradientRows rows = {};
-    TF_RETURN_IF_ERROR(CheckGradient(ctx, i, &rows));
     if (sparse_[i] < 0) {
       variable->tensor.gradient = gradient.data();
       return absl::OkStatus();
@@ -97,7 +93,7 @@ class FusedUpdateOp : public FusedOp {
     const Tensor& named = ctx->input(attributes_.rows(sparse_[i]));
     const int64_t count = named.dim_size(0);
     const int64_t* const row = named.flat<int64_t>().data();
-    for (int64_t k = 0; k < count && rows.width > 0; ++k) {
+    for (int64_t k = 0; k < count; ++k) {
       if (row[k] < 0 || row[k] >= rows.count) {
         return InvalidArgument("indices must be in [0, ", rows.count, "), the rows of the variable. Received: indices[",
                                k, "] = ", row[k]);

@@ -21,12 +21,6 @@ inline const NamedRule* FindRule(const std::string& name) {
   return nullptr;
 }
 
-// Rows of a gradient that is slices.
-struct GradientRows {
-  int64_t count;  // of the variable
-  int64_t width;
-};
-
 // The op's attributes, checked against each other; and where in its flat list of inputs each one is.
 struct FusedAttributes {
   const NamedRule* rule = nullptr;
@@ -87,14 +81,23 @@ struct FusedAttributes {
     return InvalidArgument("layout must be [1, 1, n] without a mask. Received: layout=", LayoutString(layouts[i]));
   }
 
-  absl::Status CheckSlices(int i, const tensorflow::TensorShape& values, const tensorflow::TensorShape& indices,
-                           GradientRows* rows) const {
-    TF_RETURN_IF_ERROR(CheckRowPerIndex(values, indices));
-    rows->width = RowSize(values);
-    rows->count = rows->width > 0 ? entries(layouts[i]) / rows->width : 0;
-    if (rows->count * rows->width == entries(layouts[i])) return absl::OkStatus();
-    return InvalidArgument("rows must divide the ", entries(layouts[i]), " entries of layout ",
-                           LayoutString(layouts[i]), ". Received: values of shape ", values.DebugString());
+  // `rows` is set where the gradient is slices, whose indices are of shape `indices`; null where it is dense.
+  static absl::Status CheckGradient(const tensorflow::TensorShape& variable, const tensorflow::TensorShape& gradient,
+                                    const tensorflow::TensorShape* indices, GradientRows* rows) {
+    if (indices != nullptr) return CheckSlicesOf(gradient, *indices, "variable", variable, rows);
+    return CheckSameShape("gradient", gradient, "variable", variable);
+  }
+
+  // Of compact state, for variable i. Sets the number of entries of each of its slots.
+  absl::Status CheckIndex(int i, tensorflow::DataType offsets_dtype, const tensorflow::TensorShape& offsets_shape,
+                          tensorflow::DataType indices_dtype, const tensorflow::TensorShape& indices_shape,
+                          int64_t* slot_size) const {
+    TF_RETURN_IF_ERROR(CheckOffsets(offsets_shape, layouts[i].kept));
+    if (offsets_dtype != tensorflow::DT_INT64) {
+      return InvalidArgument("offsets must be of dtype int64. Received: offsets of dtype ",
+                             tensorflow::DataTypeString(offsets_dtype));
+    }
+    return CheckIndices(indices_dtype, indices_shape, layouts[i], slot_size);
   }
 
   static int Size(const std::vector<int64_t>& list) { return static_cast<int>(list.size()); }
@@ -172,10 +175,7 @@ absl::Status GetFusedAttributes(Context* context, FusedAttributes* found) {
   for (int32_t i = 0; i < count; ++i) {
     MaskLayout layout;
     TF_RETURN_IF_ERROR(ParseLayout({layouts.begin() + 3 * i, layouts.begin() + 3 * i + 3}, &layout));
-    if (found->compact && layout.outer != 1) {
-      return InvalidArgument("layout must be one that does not repeat, with outer = 1. Received: layout=",
-                             LayoutString(layout));
-    }
+    if (found->compact) TF_RETURN_IF_ERROR(CheckDoesNotRepeat(layout));
     found->layouts.push_back(layout);
   }
   const auto lengths = {

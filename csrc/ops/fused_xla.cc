@@ -39,16 +39,40 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
     TF_RETURN_IF_ERROR(GetShape(ctx, a.scalars(), &scalars));
     TF_RETURN_IF_ERROR(GetShape(ctx, a.scales(), &scales));
     TF_RETURN_IF_ERROR(a.CheckNumbers(scalars, scales));
-    const std::vector<int> masked = a.NumberIn(a.masked);
+    const std::vector<int> sparse = a.NumberIn(a.sparse), masked = a.NumberIn(a.masked), seeded = a.NumberIn(a.seeded);
+    tensorflow::DataType dtype, offsets_dtype;
     for (int i = 0; i < a.count(); ++i) {
+      TensorShape variable, gradient, named;
+      GradientRows rows;
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.variable(i), &dtype, &variable));
+      TF_RETURN_IF_ERROR(GetShape(ctx, a.gradient(i), &gradient));
+      if (sparse[i] >= 0) TF_RETURN_IF_ERROR(GetShape(ctx, a.rows(sparse[i]), &named));
+      TF_RETURN_IF_ERROR(CheckEntries("variable", variable, a.layouts[i]));
+      TF_RETURN_IF_ERROR(a.CheckGradient(variable, gradient, sparse[i] < 0 ? nullptr : &named, &rows));
+      int64_t slot_size = entries(a.layouts[i]);
       if (masked[i] < 0) {
         TF_RETURN_IF_ERROR(a.CheckUnmasked(i));
-        continue;
+      } else {
+        TensorShape mask;
+        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.mask(masked[i]), &dtype, &mask));
+        TF_RETURN_IF_ERROR(CheckMask(mask, a.layouts[i]));
       }
-      tensorflow::DataType dtype;
-      TensorShape mask;
-      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.mask(masked[i]), &dtype, &mask));
-      TF_RETURN_IF_ERROR(CheckMask(mask, a.layouts[i]));
+      if (a.compact) {
+        TensorShape offsets, indices;
+        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.offsets(i), &offsets_dtype, &offsets));
+        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.indices(i), &dtype, &indices));
+        TF_RETURN_IF_ERROR(a.CheckIndex(i, offsets_dtype, offsets, dtype, indices, &slot_size));
+      }
+      for (int j = 0; j < a.rule->slots; ++j) {
+        TensorShape slot;
+        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.slot(i, j), &dtype, &slot));
+        TF_RETURN_IF_ERROR(CheckEntries("slot", slot, MaskLayout{1, slot_size, 1}));
+      }
+      if (seeded[i] >= 0) {
+        TensorShape unseeded;
+        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.unseeded(seeded[i]), &dtype, &unseeded));
+        TF_RETURN_IF_ERROR(CheckMask(unseeded, MaskLayout{1, slot_size, 1}));
+      }
     }
     return absl::OkStatus();
   }
@@ -60,25 +84,25 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
                  ctx->Input(a.scales())};
     written_.clear();
     for (int i = 0; i < a.count(); ++i) {
-      TF_RETURN_IF_ERROR(AddVariable(ctx, a.variable(i), a.dtype, entries(a.layouts[i]), true));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, a.variable(i), a.dtype, true));
     }
     for (int i = 0; i < a.count(); ++i) TF_RETURN_IF_ERROR(AddInput(ctx, a.gradient(i)));
     for (int i = 0; i < FusedAttributes::Size(a.sparse); ++i) TF_RETURN_IF_ERROR(AddInput(ctx, a.rows(i)));
-    for (int i = a.slot(0, 0); i < a.mask(0); ++i) TF_RETURN_IF_ERROR(AddVariable(ctx, i, a.dtype, -1, true));
+    for (int i = a.slot(0, 0); i < a.mask(0); ++i) TF_RETURN_IF_ERROR(AddVariable(ctx, i, a.dtype, true));
     for (int i = a.mask(0); i < a.offsets(0); ++i) {
-      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_UINT8, -1, false));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_UINT8, false));
     }
     for (int i = a.offsets(0); i < a.indices(0); ++i) {
-      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_INT64, -1, false));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_INT64, false));
     }
     for (int i = a.indices(0); i < a.unseeded(0); ++i) {
       tensorflow::DataType dtype;
       TensorShape shape;
       TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(i, &dtype, &shape));
-      TF_RETURN_IF_ERROR(AddVariable(ctx, i, dtype, -1, false));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, dtype, false));
     }
     for (int i = a.unseeded(0); i < a.scalars(); ++i) {
-      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_UINT8, -1, true));
+      TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_UINT8, true));
     }
 
     std::vector<xla::Shape> results;
@@ -113,14 +137,10 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
     return absl::OkStatus();
   }
 
-  absl::Status AddVariable(XlaOpKernelContext* ctx, int input, tensorflow::DataType dtype, int64_t size, bool written) {
+  absl::Status AddVariable(XlaOpKernelContext* ctx, int input, tensorflow::DataType dtype, bool written) {
     TensorShape shape;
     XlaOp value;
     TF_RETURN_IF_ERROR(ctx->ReadVariableInput(input, dtype, &shape, &value));
-    if (size >= 0 && shape.num_elements() != size) {
-      return InvalidArgument("variable must have ", size, " entries. Received: a variable of shape ",
-                             shape.DebugString());
-    }
     if (written) {
       xla::PrimitiveType type;
       TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype, &type));

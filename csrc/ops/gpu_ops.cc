@@ -60,6 +60,9 @@ class MaskSlicesGpuOp : public SlicesOp {
     Tensor* masked = nullptr;
     OP_REQUIRES_OK(ctx, ctx->forward_input_or_allocate_output({0}, 0, values.shape(), &masked));
     if (values.NumElements() == 0) return;
+    OP_REQUIRES(ctx, entries(layout_) > 0,
+                InvalidArgument("indices must name rows of the variable, which has none. Received: ",
+                                indices.dim_size(0), " indices"));
     const cuda::Slices slices{indices.data(), indices.dtype() == tensorflow::DT_INT64, indices.dim_size(0), rows_,
                               RowSize(values.shape())};
     OP_REQUIRES_OK(ctx, Launched(ctx, cuda::mask_slices(width_, masked->data(), source, slices,
@@ -121,9 +124,10 @@ class CompactGpuOp : public CompactOp {
   }
 
   // Sets one output for each source.
-  absl::Status Gather(OpKernelContext* ctx, const std::vector<const Tensor*>& sources, int first) const {
+  absl::Status Gather(OpKernelContext* ctx, const std::vector<const Tensor*>& sources, int first,
+                      int64_t compact_size) const {
     const cuda::TrainableIndex index = IndexOf(ctx, first);
-    const TensorShape shape({index.capacity * layout_.inner});
+    const TensorShape shape({compact_size});
     std::vector<void*> compact;
     std::vector<const void*> whole;
     for (const Tensor* source : sources) {
@@ -143,8 +147,9 @@ class GatherTrainableGpuOp : public CompactGpuOp {
 
   void Compute(OpKernelContext* ctx) override {
     OP_REQUIRES_OK(ctx, CheckEntries("source", ctx->input(0).shape(), layout_));
-    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 1));
-    OP_REQUIRES_OK(ctx, Gather(ctx, {&ctx->input(0)}, 1));
+    int64_t compact_size = 0;
+    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 1, &compact_size));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {&ctx->input(0)}, 1, compact_size));
   }
 };
 
@@ -155,10 +160,11 @@ class ReadTrainableGpuOp : public CompactGpuOp {
   void Compute(OpKernelContext* ctx) override {
     VarPtr variable;
     OP_REQUIRES_OK(ctx, LookUp(ctx, &variable));
-    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 1));
+    int64_t compact_size = 0;
+    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 1, &compact_size));
     tensorflow::tf_shared_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
-    OP_REQUIRES_OK(ctx, Gather(ctx, {variable->tensor()}, 1));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {variable->tensor()}, 1, compact_size));
   }
 };
 
@@ -169,11 +175,11 @@ class TakeTrainableGpuOp : public CompactGpuOp {
   void Compute(OpKernelContext* ctx) override {
     VarPtr variable;
     OP_REQUIRES_OK(ctx, LookUp(ctx, &variable));
-    OP_REQUIRES_OK(ctx, CheckEntries("gradient", ctx->input(1).shape(), layout_));
-    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 2));
+    int64_t compact_size = 0;
+    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 2, &compact_size));
     tensorflow::tf_shared_lock lock(*variable->mu());
-    OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
-    OP_REQUIRES_OK(ctx, Gather(ctx, {&ctx->input(1), variable->tensor()}, 2));
+    OP_REQUIRES_OK(ctx, CheckVariableAndGradient(variable.get(), ctx->input(1)));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {&ctx->input(1), variable->tensor()}, 2, compact_size));
   }
 };
 
@@ -185,9 +191,10 @@ class ScatterTrainableGpuOp : public CompactGpuOp {
     VarPtr variable;
     OP_REQUIRES_OK(ctx, LookUp(ctx, &variable));
     const Tensor& compact = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 2));
+    int64_t compact_size = 0;
+    OP_REQUIRES_OK(ctx, CheckIndex(ctx, 2, &compact_size));
     const cuda::TrainableIndex index = IndexOf(ctx, 2);
-    OP_REQUIRES_OK(ctx, CheckCompact(compact, index.capacity));
+    OP_REQUIRES_OK(ctx, CheckCompact(compact.shape(), compact_size));
     tensorflow::mutex_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
     if (compact.NumElements() == 0) return;
@@ -230,24 +237,25 @@ class SeedSlotsGpuOp : public SeedOp {
     OP_REQUIRES_OK(ctx, SeedOp::LookUp(ctx, &variables));
     LockAll lock(variables);
     OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
-    for (int i = 1; i <= count(); ++i) OP_REQUIRES_OK(ctx, CheckSlot(*variables[i]->tensor(), dtype_));
-    if (size_ == 0 || values.NumElements() == 0) return;
+    GradientRows rows = {};
+    for (int i = 1; i <= count(); ++i) OP_REQUIRES_OK(ctx, CheckSlot(*variables[i]->tensor(), ctx, &rows));
+    if (size() == 0 || values.NumElements() == 0) return;
     for (const VarPtr& variable : variables) OP_REQUIRES_OK(ctx, UnshareOnGpu(ctx, variable->tensor()));
 
     cuda::SeedArguments arguments{};
     arguments.unseeded = variables[0]->tensor()->flat<uint8_t>().data();
-    arguments.size = size_;
+    arguments.size = size();
     arguments.count = count();
     for (int i = 0; i < count(); ++i) {
       arguments.slots[i] = variables[i + 1]->tensor()->data();
-      arguments.powers[i] = static_cast<int>(powers_[i]);
+      arguments.powers[i] = static_cast<int>(attributes_.powers[i]);
     }
     arguments.scales = ctx->input(3).flat<double>().data();
     arguments.values = values.data();
-    if (sparse_) {
+    if (attributes_.sparse) {
       arguments.indices = ctx->input(2).flat<int64_t>().data();
       arguments.slices = ctx->input(2).dim_size(0);
-      arguments.row_size = RowSize(values.shape());
+      arguments.row_size = rows.width;
     }
     OP_REQUIRES_OK(ctx, Launched(ctx, cuda::seed_slots(FloatOf(dtype_), arguments, StreamOf(ctx))));
   }

@@ -70,28 +70,6 @@ class MaskOp : public LayoutOp {
   }
 };
 
-inline absl::Status CheckRowPerIndex(const tensorflow::TensorShape& values, const tensorflow::TensorShape& indices) {
-  if (values.dims() >= 1 && indices.dims() == 1 && values.dim_size(0) == indices.dim_size(0)) return absl::OkStatus();
-  return InvalidArgument("values must have one row for each index. Received: values of shape ", values.DebugString(),
-                         ", indices of shape ", indices.DebugString());
-}
-
-// The entries in a row of `values`, which has an axis.
-inline int64_t RowSize(const tensorflow::TensorShape& values) {
-  int64_t size = 1;
-  for (int i = 1; i < values.dims(); ++i) size *= values.dim_size(i);
-  return size;
-}
-
-// Values and indices of slices of a tensor of `rows` rows.
-inline absl::Status CheckSlices(const tensorflow::TensorShape& values, const tensorflow::TensorShape& indices,
-                                int64_t rows, const MaskLayout& layout) {
-  TF_RETURN_IF_ERROR(CheckRowPerIndex(values, indices));
-  if (rows >= 0 && rows * RowSize(values) == entries(layout)) return absl::OkStatus();
-  return InvalidArgument("rows times the size of a row must be the ", entries(layout), " entries of layout ",
-                         LayoutString(layout), ". Received: rows=", rows, ", values of shape ", values.DebugString());
-}
-
 // Base of the ops that mask slices.
 class SlicesOp : public LayoutOp {
  public:
@@ -118,31 +96,35 @@ class VariableOp : public LayoutOp {
   absl::Status CheckVariable(tensorflow::Var* variable) const {
     return freezeops::CheckVariable(variable, dtype_, layout_, "its frozen entries are remembered or restored");
   }
+
+  // Before entries are counted, which takes as long as the layout says: it must be that of something in memory. Its
+  // lock is not held, and what is checked may change until it is.
+  absl::Status CheckSize(tensorflow::Var* variable) const {
+    tensorflow::tf_shared_lock lock(*variable->mu());
+    return CheckVariable(variable);
+  }
 };
 
 // Base of the ops of compact state that move entries.
 class CompactOp : public LayoutOp {
  public:
   explicit CompactOp(tensorflow::OpKernelConstruction* ctx) : LayoutOp(ctx) {
-    OP_REQUIRES(ctx, layout_.outer == 1,
-                InvalidArgument("layout must be one that does not repeat, with outer = 1. Received: layout=",
-                                LayoutString(layout_)));
+    OP_REQUIRES_OK(ctx, CheckDoesNotRepeat(layout_));
   }
 
  protected:
-  // Inputs `first` and on are the mask, its offsets and the indices.
-  absl::Status CheckIndex(tensorflow::OpKernelContext* ctx, int first) const {
+  // Inputs `first` and on are the mask, its offsets and the indices. Sets the number of entries that the latter are of.
+  absl::Status CheckIndex(tensorflow::OpKernelContext* ctx, int first, int64_t* compact_size) const {
     TF_RETURN_IF_ERROR(CheckMask(ctx->input(first), layout_));
     TF_RETURN_IF_ERROR(CheckOffsets(ctx->input(first + 1).shape(), layout_.kept));
     const tensorflow::Tensor& indices = ctx->input(first + 2);
-    if (indices.dims() == 1) return absl::OkStatus();
-    return InvalidArgument("indices must be a vector. Received: indices of shape ", indices.shape().DebugString());
+    return CheckIndices(indices.dtype(), indices.shape(), layout_, compact_size);
   }
 
-  absl::Status CheckCompact(const tensorflow::Tensor& compact, int64_t capacity) const {
-    if (compact.NumElements() == capacity * layout_.inner) return absl::OkStatus();
-    return InvalidArgument("compact must have ", layout_.inner, " entries for each of the ", capacity,
-                           " indices. Received: compact of shape ", compact.shape().DebugString());
+  // The variable's lock is held. What is checked of it comes before what was given for it.
+  absl::Status CheckVariableAndGradient(tensorflow::Var* variable, const tensorflow::Tensor& gradient) const {
+    TF_RETURN_IF_ERROR(CheckVariable(variable));
+    return CheckSameShape("gradient", gradient.shape(), "variable", variable->tensor()->shape());
   }
 
   // The variable's lock is held.
@@ -154,14 +136,15 @@ class CompactOp : public LayoutOp {
 // Base of the ops that rank bits.
 class RankOp : public tensorflow::OpKernel {
  public:
-  explicit RankOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("kept", &kept_));
-  }
+  explicit RankOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) { OP_REQUIRES_OK(ctx, GetKept(ctx, &kept_)); }
 
  protected:
   absl::Status CheckInputs(tensorflow::OpKernelContext* ctx) const {
-    TF_RETURN_IF_ERROR(CheckMask(ctx->input(1), MaskLayout{1, kept_, 1}));
-    return CheckOffsets(ctx->input(2).shape(), kept_);
+    const MaskLayout layout{1, kept_, 1};
+    int64_t unused;
+    TF_RETURN_IF_ERROR(CheckMask(ctx->input(1), layout));
+    TF_RETURN_IF_ERROR(CheckOffsets(ctx->input(2).shape(), kept_));
+    return CheckIndices(ctx->input(3).dtype(), ctx->input(3).shape(), layout, &unused);
   }
 
   int64_t kept_ = 0;
@@ -186,29 +169,16 @@ class LockAll {
 class SeedOp : public tensorflow::OpKernel {
  public:
   explicit SeedOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("size", &size_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("sparse", &sparse_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
-    for (const int64_t power : powers_) {
-      OP_REQUIRES(ctx, power == 1 || power == 2, InvalidArgument("powers must be 1 or 2. Received: power ", power));
-    }
+    OP_REQUIRES_OK(ctx, GetSeedAttributes(ctx, &attributes_));
   }
 
  protected:
   // The number of slots.
-  int count() const { return static_cast<int>(powers_.size()); }
+  int count() const { return attributes_.count(); }
+  int64_t size() const { return attributes_.size; }
 
   absl::Status CheckInputs(tensorflow::OpKernelContext* ctx) const {
-    const tensorflow::Tensor& values = ctx->input(1);
-    const tensorflow::Tensor& scales = ctx->input(3);
-    if (scales.dims() != 1 || scales.dim_size(0) != count() || ctx->num_inputs() != 4 + count()) {
-      return InvalidArgument("scales and slots must be as many as powers, ", count(), ". Received: scales of shape ",
-                             scales.shape().DebugString(), ", ", ctx->num_inputs() - 4, " slots");
-    }
-    if (sparse_) return CheckRowPerIndex(values.shape(), ctx->input(2).shape());
-    if (values.NumElements() == size_) return absl::OkStatus();
-    return InvalidArgument("values must have the ", size_, " entries of the slots. Received: values of shape ",
-                           values.shape().DebugString());
+    return attributes_.CheckShapes(ctx->input(1).shape(), ctx->input(2).shape(), ctx->input(3).shape());
   }
 
   // The bits first, then the slots.
@@ -222,20 +192,20 @@ class SeedOp : public tensorflow::OpKernel {
   }
 
   absl::Status CheckBits(const tensorflow::Tensor& bits) const {
-    if (bits.dtype() == tensorflow::DT_UINT8 && bits.NumElements() == mask_bytes(size_)) return absl::OkStatus();
-    return InvalidArgument("unseeded must have one bit for each of ", size_, " entries. Received: unseeded of ",
-                           tensorflow::DataTypeString(bits.dtype()), " and shape ", bits.shape().DebugString());
+    return attributes_.CheckBits(bits.dtype(), bits.shape());
   }
 
-  absl::Status CheckSlot(const tensorflow::Tensor& slot, tensorflow::DataType dtype) const {
-    if (slot.dtype() == dtype && slot.NumElements() == size_) return absl::OkStatus();
-    return InvalidArgument("slots must have ", size_, " entries of the values' dtype. Received: a slot of ",
-                           tensorflow::DataTypeString(slot.dtype()), " and shape ", slot.shape().DebugString());
+  // `rows` is set where the gradient is slices.
+  absl::Status CheckSlot(const tensorflow::Tensor& slot, tensorflow::OpKernelContext* ctx, GradientRows* rows) const {
+    const tensorflow::Tensor& values = ctx->input(1);
+    if (slot.dtype() != values.dtype()) {
+      return InvalidArgument("slots must be of the values' dtype. Received: a slot of dtype ",
+                             tensorflow::DataTypeString(slot.dtype()));
+    }
+    return attributes_.CheckSlot(slot.shape(), values.shape(), ctx->input(2).shape(), rows);
   }
 
-  int64_t size_ = 0;
-  bool sparse_ = false;
-  std::vector<int64_t> powers_;
+  SeedAttributes attributes_;
 };
 
 }  // namespace freezeops

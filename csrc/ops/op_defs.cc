@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "ops/layout_attr.h"
+#include "ops/shape_checks.h"
 #include "ops/tf_compat.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -127,38 +128,25 @@ absl::Status RestoreFrozenShape(InferenceContext* c) {
 }
 
 absl::Status SeedSlotsShape(InferenceContext* c) {
-  std::vector<int64_t> powers;
-  TF_RETURN_IF_ERROR(c->GetAttr("powers", &powers));
-  int32_t count = 0;
-  int64_t size = 0;
-  TF_RETURN_IF_ERROR(c->GetAttr("N", &count));
-  TF_RETURN_IF_ERROR(c->GetAttr("size", &size));
-  if (size < 0 || static_cast<int32_t>(powers.size()) != count) {
-    return InvalidArgument("powers must be as many as slots, ", count, ", and size not negative. Received: powers=[",
-                           absl::StrJoin(powers, ", "), "], size=", size);
-  }
+  SeedAttributes attributes;
+  TF_RETURN_IF_ERROR(GetSeedAttributes(c, &attributes));
   ShapeHandle scales, indices;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &indices));
   TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 1, &scales));
   DimensionHandle unused;
-  TF_RETURN_IF_ERROR(c->WithValue(c->Dim(scales, 0), count, &unused));
-  bool sparse = false;
-  TF_RETURN_IF_ERROR(c->GetAttr("sparse", &sparse));
-  if (sparse) {
+  TF_RETURN_IF_ERROR(c->WithValue(c->Dim(scales, 0), attributes.count(), &unused));
+  if (attributes.sparse) {
     ShapeHandle values;
     TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(1), 1, &values));
     return c->Merge(c->Dim(values, 0), c->Dim(indices, 0), &unused);
   }
-  return CheckEntries(c, "values", c->input(1), MaskLayout{1, size, 1});
+  return CheckEntries(c, "values", c->input(1), MaskLayout{1, attributes.size, 1});
 }
 
 // Inputs `first` and on are the mask, its rank offsets and the indices of its trainable entries. Sets `compact` to the
 // shape of what these name, flat.
 absl::Status CheckTrainable(InferenceContext* c, int first, const MaskLayout& layout, ShapeHandle* compact) {
-  if (layout.outer != 1) {
-    return InvalidArgument("layout must be one that does not repeat, with outer = 1. Received: layout=",
-                           LayoutString(layout));
-  }
+  TF_RETURN_IF_ERROR(CheckDoesNotRepeat(layout));
   TF_RETURN_IF_ERROR(CheckMask(c, first, layout));
   ShapeHandle offsets, indices;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(first + 1), 1, &offsets));
@@ -200,6 +188,7 @@ absl::Status TakeTrainableShape(InferenceContext* c) {
   ShapeHandle compact;
   TF_RETURN_IF_ERROR(GetLayout(c, &layout));
   TF_RETURN_IF_ERROR(CheckVariable(c, layout));
+  TF_RETURN_IF_ERROR(CheckGradientOf(c, 0, c->input(1)));
   TF_RETURN_IF_ERROR(CheckEntries(c, "gradient", c->input(1), layout));
   TF_RETURN_IF_ERROR(CheckTrainable(c, 2, layout, &compact));
   c->set_output(0, compact);
@@ -216,8 +205,8 @@ absl::Status ScatterTrainableShape(InferenceContext* c) {
   const DimensionHandle given = c->NumElements(c->input(1));
   const DimensionHandle wanted = c->Dim(compact, 0);
   if (c->ValueKnown(given) && c->ValueKnown(wanted) && c->Value(given) != c->Value(wanted)) {
-    return InvalidArgument("compact must have ", layout.inner, " entries for each of the indices, ", c->Value(wanted),
-                           ". Received: compact of shape ", c->DebugString(c->input(1)));
+    return InvalidArgument("compact must have the ", c->Value(wanted),
+                           " entries of the indices. Received: compact of shape ", c->DebugString(c->input(1)));
   }
   return absl::OkStatus();
 }
@@ -225,8 +214,7 @@ absl::Status ScatterTrainableShape(InferenceContext* c) {
 absl::Status RankTrainableShape(InferenceContext* c) {
   int64_t kept;
   ShapeHandle unused;
-  TF_RETURN_IF_ERROR(c->GetAttr("kept", &kept));
-  if (kept < 0) return InvalidArgument("kept must not be negative. Received: kept=", kept);
+  TF_RETURN_IF_ERROR(GetKept(c, &kept));
   TF_RETURN_IF_ERROR(CheckTrainable(c, 1, MaskLayout{1, kept, 1}, &unused));
   c->set_output(0, c->input(0));
   return absl::OkStatus();
@@ -409,7 +397,7 @@ REGISTER_OP("Freezeops>RankTrainable")
     .SetShapeFn(RankTrainableShape)
     .Doc(R"doc(
 The number of ones before each of the given bits, at most one less than the capacity: where in compact state its entries
-are, if it is one itself.
+are, if it is one itself. A bit that is none of the mask's is an error; under XLA its rank is the capacity.
 
 kept: The number of the mask's bits.
 )doc");

@@ -79,6 +79,7 @@ class RememberFrozenOp : public VariableOp {
     OP_REQUIRES_OK(ctx, CheckMask(mask_tensor, layout_));
     tensorflow::core::RefCountPtr<Var> variable;
     OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
+    OP_REQUIRES_OK(ctx, CheckSize(variable.get()));
     const MaskView mask = ViewOf(mask_tensor, layout_);
     const FrozenCount frozen(ctx, mask);
 
@@ -116,6 +117,7 @@ class RestoreFrozenOp : public VariableOp {
     OP_REQUIRES_OK(ctx, CheckMask(mask_tensor, layout_));
     tensorflow::core::RefCountPtr<Var> variable;
     OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
+    OP_REQUIRES_OK(ctx, CheckSize(variable.get()));
     const MaskView mask = ViewOf(mask_tensor, layout_);
     const FrozenCount frozen(ctx, mask);
     const int64_t count = entries(layout_);

@@ -175,60 +175,60 @@ class SeedSlotsXlaOp : public XlaOpKernel {
  public:
   explicit SeedSlotsXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("size", &size_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("sparse", &sparse_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("powers", &powers_));
+    OP_REQUIRES_OK(ctx, GetSeedAttributes(ctx, &attributes_));
     bool materialized = false;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("materialized", &materialized));
-    native_ = kHaveXlaCalls && materialized && !sparse_ && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
+    native_ = kHaveXlaCalls && materialized && !attributes_.sparse &&
+              ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
     xla::XlaBuilder* builder = ctx->builder();
-    TensorShape bits_shape, values_shape;
+    TensorShape bits_shape, values_shape, indices_shape, scales_shape;
     XlaOp bits;
     OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, tensorflow::DT_UINT8, &bits_shape, &bits));
     OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &values_shape));
-    const MaskLayout layout{1, size_, 1};
-    OP_REQUIRES_OK(ctx, CheckMask(bits_shape, layout));
-    if (size_ == 0) return;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &indices_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 3, &scales_shape));
+    OP_REQUIRES_OK(ctx, attributes_.CheckBits(tensorflow::DT_UINT8, bits_shape));
+    OP_REQUIRES_OK(ctx, attributes_.CheckShapes(values_shape, indices_shape, scales_shape));
+    const int count = attributes_.count();
+    std::vector<XlaOp> slots(count);
+    TensorShape shape;
+    GradientRows rows = {};
+    for (int i = 0; i < count; ++i) {
+      TensorShape slot_shape;
+      OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(4 + i, dtype_, &slot_shape, &slots[i]));
+      OP_REQUIRES_OK(ctx, attributes_.CheckSlot(slot_shape, values_shape, indices_shape, &rows));
+      if (i > 0) OP_REQUIRES_OK(ctx, CheckSameShape("slots", slot_shape, "first one", shape));
+      shape = slot_shape;
+    }
+    if (attributes_.size == 0) return;
     xla::PrimitiveType type;
     OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
     const xla::PrimitiveType wide = dtype_ == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;
     const xla::PrimitiveType integers = IntegersFor(dtype_);
-
-    const int count = static_cast<int>(powers_.size());
-    std::vector<XlaOp> slots(count);
-    TensorShape shape;
-    for (int i = 0; i < count; ++i) {
-      OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(4 + i, dtype_, &shape, &slots[i]));
-      OP_REQUIRES_OK(ctx, CheckEntries("slots", shape, layout));
-    }
     if (native_) {
-      OP_REQUIRES_OK(ctx, CheckEntries("values", values_shape, layout));
       OP_REQUIRES_OK(ctx, Call(ctx, bits, slots, shape));
       return;
     }
     XlaOp gradient = xla::ConvertElementType(ctx->Input(1), wide);
     XlaOp square = xla::Mul(gradient, gradient);
-    if (sparse_) {
-      const int64_t rows = shape.dim_size(0);
-      gradient = SumOfRows(gradient, ctx->Input(2), rows, size_ / rows);
-      square = xla::Max(xla::Mul(gradient, gradient), SumOfRows(square, ctx->Input(2), rows, size_ / rows));
-    } else {
-      OP_REQUIRES_OK(ctx, CheckEntries("values", values_shape, layout));
+    if (attributes_.sparse) {
+      gradient = SumOfRows(gradient, ctx->Input(2), rows.count, rows.width);
+      square = xla::Max(xla::Mul(gradient, gradient), SumOfRows(square, ctx->Input(2), rows.count, rows.width));
     }
     gradient = xla::Reshape(gradient, shape.dim_sizes());
     square = xla::Reshape(square, shape.dim_sizes());
 
-    const XlaOp unseeded = TrainableBits(bits, layout, shape, integers);
+    const XlaOp unseeded = TrainableBits(bits, MaskLayout{1, attributes_.size, 1}, shape, integers);
     const XlaOp scales = xla::ConvertElementType(ctx->Input(3), wide);
     for (int i = 0; i < count; ++i) {
       const XlaOp scale = xla::Reshape(xla::SliceInDim(scales, i, i + 1, 1, 0), {});
-      const XlaOp seed = xla::Mul(powers_[i] == 2 ? square : gradient, scale);
+      const XlaOp seed = xla::Mul(attributes_.powers[i] == 2 ? square : gradient, scale);
       // The slots of an entry that waits are zero together, unless repeated rows cancelled. So with dense gradients
       // each looks at itself alone: a second slot as an operand makes XLA's loops twice as slow.
-      const XlaOp guard = slots[sparse_ ? 0 : i];
+      const XlaOp guard = slots[attributes_.sparse ? 0 : i];
       const XlaOp empty = xla::ConvertElementType(xla::Eq(guard, xla::ScalarLike(guard, 0)), integers);
       const XlaOp due = xla::And(unseeded, xla::Sub(xla::Zero(builder, integers), empty));
       const XlaOp chosen = xla::And(due, xla::BitcastConvertType(xla::ConvertElementType(seed, type), integers));
@@ -242,8 +242,9 @@ class SeedSlotsXlaOp : public XlaOpKernel {
     xla::PrimitiveType type;
     TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype_, &type));
     const XlaOp gradient = xla::Reshape(ctx->Input(1), shape.dim_sizes());
-    std::vector<XlaOp> operands = {bits, gradient, ctx->Input(3), xla::ConstantR1<int64_t>(ctx->builder(), powers_)};
-    std::vector<xla::Shape> results = {xla::ShapeUtil::MakeShape(xla::U8, {mask_bytes(size_)})};
+    std::vector<XlaOp> operands = {bits, gradient, ctx->Input(3),
+                                   xla::ConstantR1<int64_t>(ctx->builder(), attributes_.powers)};
+    std::vector<xla::Shape> results = {xla::ShapeUtil::MakeShape(xla::U8, {mask_bytes(attributes_.size)})};
     const xla::ShapeIndex whole({});
     std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place = {
         {xla::ShapeIndex({0}), {0, whole}}};
@@ -265,10 +266,8 @@ class SeedSlotsXlaOp : public XlaOpKernel {
   }
 
   DataType dtype_;
-  int64_t size_ = 0;
-  bool sparse_ = false;
+  SeedAttributes attributes_;
   bool native_ = false;
-  std::vector<int64_t> powers_;
 };
 
 // Compact state. On the CPU the native kernels are called; elsewhere entries are found by their indices. An index that
@@ -277,6 +276,7 @@ class CompactXlaOp : public XlaOpKernel {
  public:
   explicit CompactXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
     OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
+    OP_REQUIRES_OK(ctx, CheckDoesNotRepeat(layout_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
     native_ = kHaveXlaCalls && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
@@ -290,10 +290,7 @@ class CompactXlaOp : public XlaOpKernel {
     TF_RETURN_IF_ERROR(GetShape(ctx, first + 1, &offsets_shape));
     TF_RETURN_IF_ERROR(CheckOffsets(offsets_shape, layout_.kept));
     TF_RETURN_IF_ERROR(GetShape(ctx, first + 2, &indices_shape));
-    if (layout_.outer != 1 || indices_shape.dims() != 1) {
-      return InvalidArgument("layout must be one that does not repeat, and indices a vector. Received: layout=",
-                             LayoutString(layout_), ", indices of shape ", indices_shape.DebugString());
-    }
+    TF_RETURN_IF_ERROR(CheckIndices(ctx->input_type(first + 2), indices_shape, layout_, &size_));
     capacity_ = indices_shape.dim_size(0);
     return absl::OkStatus();
   }
@@ -304,7 +301,7 @@ class CompactXlaOp : public XlaOpKernel {
   absl::Status Gather(XlaOpKernelContext* ctx, const std::vector<XlaOp>& sources, int first) {
     xla::PrimitiveType type;
     TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype_, &type));
-    const bool empty = capacity_ * layout_.inner == 0 || layout_.kept == 0;
+    const bool empty = size_ == 0 || layout_.kept == 0;
     std::vector<XlaOp> compact;
     if (native_ && !empty) {
       const xla::Shape shape = xla::ShapeUtil::MakeShape(type, Dims(capacity_));
@@ -322,11 +319,11 @@ class CompactXlaOp : public XlaOpKernel {
     }
     for (size_t i = 0; i < sources.size(); ++i) {
       if (empty) {
-        compact.push_back(xla::Broadcast(xla::Zero(ctx->builder(), type), {capacity_ * layout_.inner}));
+        compact.push_back(xla::Broadcast(xla::Zero(ctx->builder(), type), {size_}));
       } else if (!native_) {
         compact.push_back(GatherOne(ctx, sources[i], ctx->Input(first + 2), type));
       }
-      ctx->SetOutput(static_cast<int>(i), xla::Reshape(compact[i], {capacity_ * layout_.inner}));
+      ctx->SetOutput(static_cast<int>(i), xla::Reshape(compact[i], {size_}));
     }
     return absl::OkStatus();
   }
@@ -342,6 +339,7 @@ class CompactXlaOp : public XlaOpKernel {
   MaskLayout layout_;
   DataType dtype_;
   int64_t capacity_ = 0;
+  int64_t size_ = 0;     // of what is compact
   bool native_ = false;  // by a call of the native kernels
 };
 
@@ -383,7 +381,7 @@ class TakeTrainableXlaOp : public CompactXlaOp {
     OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
     OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
     OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &gradient_shape));
-    OP_REQUIRES_OK(ctx, CheckEntries("gradient", gradient_shape, layout_));
+    OP_REQUIRES_OK(ctx, CheckSameShape("gradient", gradient_shape, "variable", shape));
     OP_REQUIRES_OK(ctx, Gather(ctx, {ctx->Input(1), value}, 2));
   }
 };
@@ -399,9 +397,7 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
     OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
     OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
     OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &compact_shape));
-    OP_REQUIRES(ctx, compact_shape.num_elements() == capacity_ * layout_.inner,
-                InvalidArgument("compact must have ", layout_.inner, " entries for each of the ", capacity_,
-                                " indices. Received: compact of shape ", compact_shape.DebugString()));
+    OP_REQUIRES_OK(ctx, CheckCompact(compact_shape, size_));
     if (compact_shape.num_elements() == 0 || entries(layout_) == 0) return;
     xla::PrimitiveType type;
     OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
@@ -423,17 +419,26 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
   }
 };
 
-// A binary search in the indices.
+// A binary search in the indices. A bit that is out of range cannot be reported from here: its rank is the capacity,
+// where XLA scatters nothing, so that what takes the rank drops it.
 class RankTrainableXlaOp : public XlaOpKernel {
  public:
-  explicit RankTrainableXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {}
+  explicit RankTrainableXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetKept(ctx, &kept_));
+  }
 
   void Compile(XlaOpKernelContext* ctx) override {
-    TensorShape bits_shape, indices_shape;
+    TensorShape bits_shape, mask_shape, offsets_shape, indices_shape;
     OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &bits_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &offsets_shape));
     OP_REQUIRES_OK(ctx, GetShape(ctx, 3, &indices_shape));
+    const MaskLayout layout{1, kept_, 1};
+    int64_t capacity = 0;
+    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout));
+    OP_REQUIRES_OK(ctx, CheckOffsets(offsets_shape, kept_));
+    OP_REQUIRES_OK(ctx, CheckIndices(ctx->input_type(3), indices_shape, layout, &capacity));
     const int64_t count = bits_shape.num_elements();
-    const int64_t capacity = indices_shape.num_elements();
     const XlaOp indices = ctx->Input(3);
     const xla::PrimitiveType integer = ctx->input_xla_type(3);
     const auto constant = [&](int64_t value) { return xla::ConstantR0WithType(ctx->builder(), integer, value); };
@@ -441,7 +446,8 @@ class RankTrainableXlaOp : public XlaOpKernel {
     numbers.add_collapsed_slice_dims(0);
     numbers.add_start_index_map(0);
     numbers.set_index_vector_dim(1);
-    const XlaOp bits = xla::ConvertElementType(xla::Reshape(ctx->Input(0), {count}), integer);
+    const XlaOp given = xla::Reshape(ctx->Input(0), {count});
+    const XlaOp bits = xla::ConvertElementType(given, integer);
     XlaOp rank = xla::Broadcast(constant(0), {count});
     int64_t step = 1;
     while (step * 2 <= capacity) step *= 2;
@@ -451,8 +457,15 @@ class RankTrainableXlaOp : public XlaOpKernel {
       rank = xla::Select(xla::And(xla::Le(next, constant(capacity)), before), next, rank);
     }
     rank = xla::Clamp(constant(0), rank, constant(std::max<int64_t>(capacity - 1, 0)));
-    ctx->SetOutput(0, xla::Reshape(xla::ConvertElementType(rank, xla::S64), bits_shape.dim_sizes()));
+    const XlaOp in_range =
+        xla::And(xla::Ge(given, xla::ScalarLike(given, 0)), xla::Lt(given, xla::ScalarLike(given, kept_)));
+    const XlaOp none = xla::Broadcast(xla::ScalarLike(given, capacity), {count});
+    const XlaOp ranks = xla::Select(in_range, xla::ConvertElementType(rank, xla::S64), none);
+    ctx->SetOutput(0, xla::Reshape(ranks, bits_shape.dim_sizes()));
   }
+
+ private:
+  int64_t kept_ = 0;
 };
 
 #define FREEZEOPS_REGISTER(OP, KERNEL)                             \
