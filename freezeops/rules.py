@@ -330,10 +330,7 @@ class VariableIndex:
     def _why_unknown(self, variable: Variable, path: str) -> str:
         """How it may be that the optimizer does not know a variable, and what to do then."""
         if not self.variables:
-            return (
-                ", and the optimizer was built with none, as Keras does when it loads a `.h5` file. Compile the model "
-                "with a new optimizer."
-            )
+            return ", and the optimizer was built with none. Compile the model with a new optimizer."
         carry = "`fz.save_masks` and `fz.load_masks` carry its masks over."
         if path in self.paths:
             return (
