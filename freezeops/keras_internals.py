@@ -386,12 +386,12 @@ def replaced_methods(optimizer: keras.optimizers.Optimizer) -> list[str]:
     ]
     in_a_step = [getattr(cls, name, None) for name in ("apply_gradients", "apply", "update_step", *_UPDATES)]
     return on_instance + [
-        method.__name__ for method in in_a_step if callable(method) and not _is_from("keras.", method)
+        method.__name__ for method in in_a_step if callable(method) and not _is_from(("keras.", "tf_keras."), method)
     ]
 
 
-def _is_from(package: str, function: Any) -> bool:
-    """Whether a function was defined in a package, and does not stand before one that was."""
+def _is_from(package: str | tuple[str, ...], function: Any) -> bool:
+    """Whether a function was defined in a package (one of several), and does not stand before one that was."""
     own = (getattr(function, "__module__", None) or "").startswith(package)
     return own and not hasattr(function, "__wrapped__")
 

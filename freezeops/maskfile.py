@@ -76,7 +76,8 @@ def load_masks(
     """
     optimizer, path = masked_optimizer(optimizer), Path(path)
     layouts: dict[str, Layout] = {}
-    if mask_sources.is_one(path):
+    of_masks = not mask_sources.is_one(path)
+    if not of_masks:
         stored, layouts = mask_sources.read(path)
     else:
         stored = Stored([StoredMask(name, mask.shape, mask) for name, mask in _read(path).items()])
@@ -91,7 +92,8 @@ def load_masks(
         raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={short(rename)}")
     stored.masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
     stored.variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
-    optimizer._register_stored(stored, {rename.get(name, name): layout for name, layout in layouts.items()})
+    layouts = {rename.get(name, name): layout for name, layout in layouts.items()}
+    optimizer._register_stored(stored, layouts, strict=of_masks)
 
 
 def _read(path: Path) -> dict[str, Mask]:

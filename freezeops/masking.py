@@ -394,7 +394,7 @@ class Masking:
     def _load_changes(self, loaded: Loaded, changes: "Changes") -> None:
         """Adds what a load changes in the built optimizer."""
         index, parts = self._state.index, self._state.partitions
-        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded))
+        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded), loaded.strict)
         if problems and not loaded.skip:
             raise refusal(problems, index.named)
         for position, stored in found.items():
@@ -454,14 +454,16 @@ class Masking:
             self._after_change(set(begun))
             raise
 
-    def _register_stored(self, stored: Stored, layouts: Mapping[str, layout.Layout]) -> None:
+    def _register_stored(self, stored: Stored, layouts: Mapping[str, layout.Layout], strict: bool) -> None:
         """Registers masks of a file, as by calls: wholly or, on an error, not at all.
 
         Args:
             stored: The masks.
             layouts: Of those that were stored without.
+            strict: Whether every mask must find its variable, also one that freezes nothing.
         """
-        self._add(Loaded(replace(stored, rules=[], slots=[]), by_call=True, layouts=dict(layouts)))
+        masks = replace(stored, rules=[], slots=[])
+        self._add(Loaded(masks, by_call=True, layouts=dict(layouts), strict=strict))
 
     def _known_layouts(self, loaded: Loaded) -> dict[str, layout.Layout]:
         """Layouts of masks that were stored without, by the stored name, where a config says them."""
@@ -522,7 +524,7 @@ class Masking:
         saved: list[dict[str, Any] | None],
     ) -> None:
         """Adds a load that came before the build."""
-        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded))
+        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded), loaded.strict)
         if problems and not loaded.skip:
             raise refusal(problems, index.named)
         for position, stored in found.items():

@@ -103,12 +103,14 @@ class Loaded:
         skip: Whether to do without what does not fit, with a warning.
         by_call: Whether somebody stated these masks, by a config or `load_masks`; otherwise a file did.
         layouts: Of masks that were stored without, by path, where they are known.
+        strict: Whether every mask must find its variable, also one that freezes nothing.
     """
 
     stored: Stored
     skip: bool = False
     by_call: bool = False
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    strict: bool = False
 
 
 def named_entries(where: Any, shape: Shape) -> Mask:

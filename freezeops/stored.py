@@ -329,7 +329,7 @@ class Problem(ValueError):
 
 
 def find(
-    stored: Stored, own: Sequence[Named], known_layouts: Mapping[str, Layout] | None = None
+    stored: Stored, own: Sequence[Named], known_layouts: Mapping[str, Layout] | None = None, strict: bool = False
 ) -> tuple[dict[int, StoredMask], list[str]]:
     """Which variable each stored mask is for.
 
@@ -337,6 +337,7 @@ def find(
         stored: What a store holds.
         own: The optimizer's variables: unique paths and shapes.
         known_layouts: Layouts of masks that were stored without, by the stored name.
+        strict: Whether every mask must fit, also one that freezes nothing.
 
     Returns:
         The masks by the variable's position, and what is wrong with others, in words. A mask that freezes nothing is
@@ -355,11 +356,12 @@ def find(
     for mask in stored.masks:
         number = numbers.get(mask.name)
         position = None if number is None else pairs.found.get(number)
-        if position is None and number is not None and mask.freezes and not pairs.candidates.get(number):
+        needed = mask.freezes or strict
+        if position is None and number is not None and needed and not pairs.candidates.get(number):
             # The same name and another shape?
             position = naming.pair([(name, None) for name, _ in paths], own_paths).found.get(number)
         if position is None:
-            if mask.freezes:
+            if needed:
                 candidates = [own[j][0] for j in pairs.candidates.get(-1 if number is None else number, [])]
                 may_be = f"which may be for any of {candidates}" if candidates else "which matches nothing"
                 problems.append(f"a mask of {mask.name!r}, {may_be}")
@@ -373,8 +375,10 @@ def find(
                 problems.append(str(error))
                 continue
         if mask.shape != shape:
-            if mask.freezes:
-                problems.append(f"for {name!r} a mask with mask.shape={mask.shape}, shape={shape}")
+            if needed:
+                problems.append(
+                    f"`mask` must have the shape of its variable, mask.shape={mask.shape}, shape={shape} for {name!r}"
+                )
             continue
         found[position] = mask
     return found, problems
