@@ -159,7 +159,9 @@ def _same_counted(a: str, b: str) -> bool:
 
 
 def _same_tail_counted(a: str, b: str) -> bool:
-    return _same_tail("/".join(_without_counts(a)), "/".join(_without_counts(b)))
+    shorter, longer = sorted((_without_counts(a), _without_counts(b)), key=len)
+    # A name without a layer's says too little.
+    return len(shorter) > 1 and longer[-len(shorter) :] == shorter
 
 
 def _same_end(a: str, b: str) -> bool:
