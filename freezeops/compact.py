@@ -289,7 +289,7 @@ class CompactPartition(MaskedPartition):
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
         rows = self.variable.shape[0]
-        gradient = reference.of_shape(gradient, tf.TensorShape(self.variable.shape))
+        gradient = reference.slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
         masked = transforms.mask_with_bits(gradient, index.mask, self.layout, self.rows)
         bits_per_row = self.layout.kept // rows
         # A row that does not exist is an error outside of XLA; there its bits stand for none, and it is dropped.

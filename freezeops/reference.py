@@ -245,18 +245,24 @@ def of_shape(gradient: tf.Tensor | tf.IndexedSlices, shape: tf.TensorShape) -> t
         tf.errors.InvalidArgumentError: Likewise, at run time.
     """
     if isinstance(gradient, tf.IndexedSlices):
-        values = gradient.values
-        static = values.shape
-        if static.rank is None or not static[1:].is_fully_defined():
-            # As `tf.ensure_shape`, whose result has rows of a dynamic shape for XLA: no rows at all are appended.
-            values = tf.concat([values, tf.zeros([0, *shape[1:]], values.dtype)], axis=0)
-        elif static[1:] != shape[1:]:
-            raise ValueError(
-                f"A gradient's slices must be rows of its variable, of shape {tuple(shape)}. Received: slices of shape "
-                f"{static}"
-            )
-        return tf.IndexedSlices(values, rows_in_range(gradient.indices, shape[0]), gradient.dense_shape)
+        gradient = slices_of_shape(gradient, shape)
+        return tf.IndexedSlices(gradient.values, rows_in_range(gradient.indices, shape[0]), gradient.dense_shape)
     return tf.ensure_shape(gradient, shape)
+
+
+def slices_of_shape(gradient: tf.IndexedSlices, shape: tf.TensorShape) -> tf.IndexedSlices:
+    """`of_shape` but for the rows that do not exist: looking for those would make the host wait for a GPU."""
+    values = gradient.values
+    static = values.shape
+    if static.rank is None or not static[1:].is_fully_defined():
+        # As `tf.ensure_shape`, whose result has rows of a dynamic shape for XLA: no rows at all are appended.
+        values = tf.concat([values, tf.zeros([0, *shape[1:]], values.dtype)], axis=0)
+    elif static[1:] != shape[1:]:
+        raise ValueError(
+            f"A gradient's slices must be rows of its variable, of shape {tuple(shape)}. Received: slices of shape "
+            f"{static}"
+        )
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def scatter_trainable(
