@@ -344,7 +344,7 @@ def _refusal(optimizer: Any, problems: Sequence[str]) -> ValueError:
     return ValueError(
         "The state of an optimizer in a file must fit the optimizer that loads it. Received: "
         f"{'; '.join(problems[:5])}{' and more' if len(problems) > 5 else ''}. Load with `skip_mismatch=True` to do "
-        f"without the state of {optimizer.name!r} that does not fit, or load the weights before `compile`"
+        f"without the state of {optimizer.name!r} that does not fit"
     )
 
 

@@ -69,7 +69,7 @@ def read(path: Path) -> tuple[Stored, dict[str, Layout]]:
     else:
         with h5py.File(path, "r") as file:
             stored = _of_h5(file)
-    if not stored.masks:
+    if not stored.masks and not stored.rules:
         raise ValueError(f"`path` must hold masks of a MaskedOptimizer. Received: path={str(path)!r}, which has none")
     return stored, layouts
 
@@ -92,7 +92,7 @@ def _of_h5(file: Any) -> Stored:
 
 
 def _is_ours(entries: Mapping[str, np.ndarray]) -> bool:
-    return any(key.startswith(("record ", "mask ")) for key in entries)
+    return any(key == "index" or key.startswith(("record ", "mask ")) for key in entries)
 
 
 def _together(parts: list[Stored]) -> Stored:
@@ -101,6 +101,7 @@ def _together(parts: list[Stored]) -> Stored:
         result.masks += part.masks
         # An index of variables where all have one.
         result.variables += part.variables
+        result.rules += part.rules
     named = {name for name, _ in result.variables}
     return result if all(mask.name in named for mask in result.masks) else replace(result, variables=[])
 

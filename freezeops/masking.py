@@ -66,6 +66,9 @@ class Changes:
         waiting: By position: the entries that wait to be seeded, of masks that were loaded.
         stated: By position: `"call"` or `"load"`.
         replaced: By path: how many entries a load changed that a call had stated.
+        known: Positions of variables whose whole mask was stated.
+        awaiting: Positions of masks that were left out where they come from.
+        passed: Paths of masks of variables of the model that the optimizer does not train.
         problems: What does not fit, in words.
         without_layouts: Whether something was stored before layouts were.
     """
@@ -74,6 +77,9 @@ class Changes:
     waiting: dict[int, Mask | None] = field(default_factory=dict)
     stated: dict[int, str] = field(default_factory=dict)
     replaced: dict[str, int] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+    awaiting: set[int] = field(default_factory=set)
+    passed: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     without_layouts: bool = False
 
@@ -83,6 +89,11 @@ class Changes:
             warn(
                 "Masks were loaded that an older version of freezeops stored without their layout; each had one "
                 "reading. Save them again to store it."
+            )
+        if self.passed:
+            warn(
+                f"Masks of variables that are not trained here were passed over: {short(self.passed)}. Load the file "
+                "again into an optimizer that trains them."
             )
         if self.replaced:
             entries = ", ".join(f"{path!r} ({count:,} entries)" for path, count in self.replaced.items())
@@ -128,6 +139,7 @@ class Masking:
     name: str
     _state: State
     _builds_for_load = False
+    _refused: tuple[Any, BaseException] | None = None
 
     # What the class that takes this in says.
 
@@ -265,6 +277,7 @@ class Masking:
             ValueError: If the optimizer is not built, or two variables have one path.
         """
         self._check_built("masks_by_path")
+        self._check_stated()
         paths = self._state.index.paths
         if len(set(paths)) < len(paths):
             twice = sorted({path for path in paths if paths.count(path) > 1})
@@ -366,8 +379,13 @@ class Masking:
             return
         self._carry_out(self._changes(new_rules))
 
-    def _changes(self, new_rules: Iterable[Rule | Loaded]) -> "Changes":
-        """What calls and loads make of the masks of the built optimizer, with nothing changed yet."""
+    def _changes(self, new_rules: Iterable[Rule | Loaded], all_rules: bool = False) -> "Changes":
+        """What calls and loads make of the masks of the built optimizer, with nothing changed yet.
+
+        Args:
+            new_rules: The calls and loads.
+            all_rules: Whether these are all calls that somebody made, so that masks that a config left out begin anew.
+        """
         changes = Changes()
         index, parts = self._state.index, self._state.partitions
         for rule in new_rules:
@@ -387,18 +405,26 @@ class Masking:
                         f"permanent=True for {part.path!r}, for which the inner optimizer has slots"
                     )
                 mask = changes.masks.get(position, part.mask)
+                begins = all_rules and position in self._state.awaiting - changes.known
+                if begins:
+                    mask = Mask.trainable(tuple(part.variable.shape))
                 changes.masks[position] = part.fit(rule.apply_to(mask))
                 changes.stated[position] = "call"
+                if rule.states_all or begins:
+                    changes.known.add(position)
+                    changes.awaiting.discard(position)
         return changes
 
     def _load_changes(self, loaded: Loaded, changes: "Changes") -> None:
         """Adds what a load changes in the built optimizer."""
         index, parts = self._state.index, self._state.partitions
-        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded), loaded.strict)
+        found, problems = self._find(loaded, index, changes)
         if problems and not loaded.skip:
             raise refusal(problems, index.named)
         for position, stored in found.items():
             part = parts[position]
+            if stored.mask is None and stored.stated:
+                changes.awaiting.add(position)
             if stored.mask is None or not (stored.stated or part.pending):
                 continue
             before = changes.masks.get(position)
@@ -412,10 +438,13 @@ class Masking:
                 problems.append(str(error))
                 continue
             by_call = changes.stated.get(position, self._state.stated.get(position)) == "call"
+            by_call = by_call and position not in self._state.awaiting | changes.awaiting
             if by_call and before is not None and not loaded.by_call and mask != before:
                 changes.replaced[part.path] = (mask ^ before).count()
             changes.masks[position] = mask
             changes.waiting[position] = stored.waiting
+            changes.awaiting.discard(position)
+            changes.known.add(position)
             if stored.stated:
                 changes.stated[position] = "call" if loaded.by_call else "load"
         changes.problems += problems
@@ -426,7 +455,8 @@ class Masking:
         changes.warn()
         self._set_masks(changes.masks)
         self._state.stated |= changes.stated
-        self._state.awaiting -= changes.stated.keys()
+        self._state.awaiting -= changes.known
+        self._state.awaiting |= changes.awaiting
         if changes.waiting:
             # After all changes of slots: what waits is what waited when it was stored.
             for position, waiting in changes.waiting.items():
@@ -463,7 +493,17 @@ class Masking:
             strict: Whether every mask must find its variable, also one that freezes nothing.
         """
         masks = replace(stored, rules=[], slots=[])
-        self._add(Loaded(masks, by_call=True, layouts=dict(layouts), strict=strict))
+        loaded = [Loaded(masks, by_call=True, layouts=dict(layouts), strict=strict)] if stored.masks else []
+        self._add(*loaded, *rules_config.from_config(stored.rules))
+
+    def _find(
+        self, loaded: Loaded, index: rules.VariableIndex, changes: "Changes"
+    ) -> tuple[dict[int, StoredMask], list[str]]:
+        """Which variable each mask of a load is for, and what does not fit."""
+        # A variable of the model that is not trained here: its mask must not go to another one.
+        others = sorted(keras_internals.paths_of_model(self) - set(index.paths))
+        layouts = self._known_layouts(loaded)
+        return find(loaded.stored, index.named, layouts, loaded.strict, others, changes.passed)
 
     def _known_layouts(self, loaded: Loaded) -> dict[str, layout.Layout]:
         """Layouts of masks that were stored without, by the stored name, where a config says them."""
@@ -490,7 +530,8 @@ class Masking:
                 if rule.entries is rules.LEFT_OUT:
                     planned.awaiting.add(position)
                     continue
-                planned.awaiting.discard(position)
+                if rule.states_all:
+                    planned.awaiting.discard(position)
                 start = masks.get(position, Mask.trainable(tuple(variable.shape)))
                 masks[position] = rule.apply_to(start)
                 if rule.permanent:
@@ -524,8 +565,10 @@ class Masking:
         saved: list[dict[str, Any] | None],
     ) -> None:
         """Adds a load that came before the build."""
-        found, problems = find(loaded.stored, index.named, self._known_layouts(loaded), loaded.strict)
+        found, problems = self._find(loaded, index, planned.changes)
         if problems and not loaded.skip:
+            if not loaded.by_call:
+                self._state.rules.remove(loaded)  # so that the next attempt goes on without it
             raise refusal(problems, index.named)
         for position, stored in found.items():
             if not tf.as_dtype(index.variables[position].dtype).is_floating:
@@ -734,12 +777,17 @@ class Masking:
                 (Keras has loaded the model's weights before it comes here.)
         """
         entries = {key: np.array(store[key]) for key in store.keys()}  # noqa: SIM118
+        refused = self._refused
         if entries:
             self._load(entries)
+        elif refused is not None and refused[0] == keras_internals.weights_being_loaded().token:
+            # Keras comes a second time to a part of a `MultiOptimizer` that refused, with nothing.
+            raise refused[1]
 
     def _load(self, entries: Mapping[str, np.ndarray]) -> None:
         """Loads what a Keras file holds, of a `MaskedOptimizer` or of a bare optimizer."""
         file = keras_internals.weights_being_loaded()
+        self._refused = None
         skip, bare = file.skip_mismatch, all(key.isdigit() for key in entries)
         try:
             stored = Stored() if bare else Stored.from_entries(entries)
@@ -749,13 +797,15 @@ class Masking:
             else:
                 self._begin_load(stored, skip)
                 problems = self._take_stored(stored, skip)
-        except BaseException:
+        except BaseException as error:
             self._refuse_load()
+            self._refused = file.token, error
             raise
         if bare:
             self._load_bare([entries[str(i)] for i in range(len(entries))], skip)
         if problems:
-            raise refusal(problems, self._state.index.named)
+            self._refused = file.token, refusal(problems, self._state.index.named)
+            raise self._refused[1]
 
     def _begin_load(self, stored: Stored, skip: bool) -> None:
         """Called before masks of a file are set, or after the optimizer was built with them; Keras loads the state of
@@ -810,7 +860,7 @@ class Masking:
         if not self._state.built:
             self._state.rules += items
             return []
-        changes = self._changes(items)
+        changes = self._changes(items, all_rules=bool(stored.rules))
         problems, changes.problems = changes.problems, []
         self._carry_out(changes)
         return problems

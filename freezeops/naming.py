@@ -59,6 +59,11 @@ def _uncounted(name: str) -> list[str]:
     return [re.sub(r"_\d+$", "", part) for part in name.split("/")[-2:]]
 
 
+def path_of(name: str) -> str:
+    """The path that `unique` made a name of."""
+    return name.partition("#")[0]
+
+
 Named = tuple[str, tuple[int, ...] | None]
 """A variable's unique name and its shape; `None` where the shape is not known."""
 
@@ -79,10 +84,11 @@ class Pairs(NamedTuple):
 def pair(saved: Sequence[Named], own: Sequence[Named]) -> Pairs:
     """Finds saved variables again among others, by name.
 
-    A saved variable is the one with exactly its path. Only where there is none, it is the one that Keras's counting
-    means: `dense_3/kernel` for `dense/kernel`, in the order of the counts where there are several; or the one whose
-    path lacks the model's name, which `Sequential` loses in a file, or has another one. Where that leaves two, the
-    name is ambiguous; so are `dense` and `dense_1` where there are `dense_1` and `dense_2`.
+    A saved variable is the one with exactly its path, but for the model's own name, which Keras counts up and
+    `Sequential` loses in a file. Only where there is none, it is the one that Keras's counting
+    means: `dense_3/kernel` for `dense/kernel`, in the order of the counts where there are several.
+    Where that leaves two, the name is ambiguous; so
+    are `dense` and `dense_1` where there are `dense_1` and `dense_2`.
 
     Args:
         saved: The saved variables.
@@ -93,9 +99,10 @@ def pair(saved: Sequence[Named], own: Sequence[Named]) -> Pairs:
     """
     positions = {name: i for i, (name, _) in enumerate(own)}
     exact = {i: positions[name] for i, (name, _) in enumerate(saved) if name in positions}
+    exact |= _but_for_the_model(saved, own, exact)
     found = dict(exact)
     candidates: dict[int, list[int]] = {}
-    for means in (_same_counted, _same_tail_counted, _same_end):
+    for means in (_same_counted, _same_tail_counted):
         taken = set(found.values())
         left = [i for i in range(len(saved)) if i not in found and i not in candidates]
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -130,6 +137,25 @@ def pair(saved: Sequence[Named], own: Sequence[Named]) -> Pairs:
     return Pairs(found, candidates)
 
 
+def _but_for_the_model(saved: Sequence[Named], own: Sequence[Named], exact: dict[int, int]) -> dict[int, int]:
+    """Pairs of names that are the same behind the model's own."""
+    taken = set(exact.values())
+    fitting = {
+        i: [j for j, (mine, _) in enumerate(own) if j not in taken and _same_but_for_the_model(name, mine)]
+        for i, (name, _) in enumerate(saved)
+        if i not in exact
+    }
+    counts = Counter(j for positions in fitting.values() for j in positions)
+    return {i: js[0] for i, js in fitting.items() if len(js) == 1 and counts[js[0]] == 1}
+
+
+def _same_but_for_the_model(a: str, b: str) -> bool:
+    parts, others = a.split("/"), b.split("/")
+    if len(parts) == len(others) > 2:
+        return parts[1:] == others[1:] and _without_counts(parts[0]) == _without_counts(others[0])
+    return min(len(parts), len(others)) > 1 and _same_tail(a, b)
+
+
 def _in_order(
     members: Sequence[int], fitting: Sequence[int], saved: Sequence[Named], own: Sequence[Named]
 ) -> dict[int, int] | None:
@@ -162,10 +188,6 @@ def _same_tail_counted(a: str, b: str) -> bool:
     shorter, longer = sorted((_without_counts(a), _without_counts(b)), key=len)
     # A name without a layer's says too little.
     return len(shorter) > 1 and longer[-len(shorter) :] == shorter
-
-
-def _same_end(a: str, b: str) -> bool:
-    return _uncounted(a) == _uncounted(b)
 
 
 def _same_shape(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:

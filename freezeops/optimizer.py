@@ -47,7 +47,7 @@ from freezeops.options import InnerOption, InnerOptions
 from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
 from freezeops.rules import Loaded
 from freezeops.slots import slots_of
-from freezeops.stored import Stored, find
+from freezeops.stored import Stored
 from freezeops.traced_writes import guarded
 from freezeops.transforms import Gradient
 from freezeops.unfreezing import Seeding, VariableSlots
@@ -917,7 +917,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             ValueError: If they do not fit. Nothing has changed then.
         """
         if self._state.built:
-            found, _ = find(stored, self._state.index.named)
+            found, _ = self._find(Loaded(stored), self._state.index, masking.Changes())
             for position, mask in found.items():
                 part = self._state.partitions[position]
                 here = part.get_config() if isinstance(part, CompactPartition) else {}
@@ -936,10 +936,15 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
     def _new_load(self, stored: Stored, skip: bool) -> inner_state.Load:
         """How the state of the optimizers inside is found in what a file holds; built."""
-        found, _ = find(stored, self._state.index.named, self._known_layouts(Loaded(stored)))
+        found, _ = self._find(Loaded(stored), self._state.index, masking.Changes())
         # Shapes do not count: a slot that does not fit is told from one of no variable.
-        pairs = naming.pair([(name, None) for name, _ in stored.variables], self._state.index.named)
-        positions = {name: pairs.found.get(i, -1) for i, (name, _) in enumerate(stored.variables)}
+        own_paths = self._state.index.named
+        others = sorted(keras_internals.paths_of_model(self) - set(self._state.index.paths))
+        pairs = naming.pair(
+            [(name, None) for name, _ in stored.variables], [*own_paths, *((path, None) for path in others)]
+        )
+        found_at = {name: pairs.found.get(i, -1) for i, (name, _) in enumerate(stored.variables)}
+        positions = {name: i if i < len(own_paths) else -1 for name, i in found_at.items()}
         own, saved = {}, {}
         for number, (part, names) in enumerate(self._own_names()):
             own[id(part)] = names
@@ -970,12 +975,13 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
     def _waits_to_load(self, stored: Stored) -> bool:
         # With compact state all variables would have full state while nothing says what is frozen.
-        return self.state == "compact" and not stored.masks and not self._state.rules
+        stated = any(mask.freezes for mask in stored.masks)
+        return self.state == "compact" and not stated and not stored.rules and not self._state.rules
 
     def _undo_of(self, stored: Stored, skip: bool) -> list[Callable[[], None]]:
         """What takes a load back: calls that set everything that it may change to what it is now."""
         undo: list[Callable[[], None]] = []
-        changes = self._changes([Loaded(stored, skip), *rules_config.from_config(stored.rules)])
+        changes = self._changes([Loaded(stored, skip), *rules_config.from_config(stored.rules)], bool(stored.rules))
         stated, awaiting = dict(self._state.stated), set(self._state.awaiting)
 
         def set_back(part: MaskedPartition, mask: Mask, values: list[tuple[Any, np.ndarray]]) -> None:

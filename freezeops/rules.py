@@ -76,6 +76,11 @@ class Rule:
         object.__setattr__(self, "entries", _copied(self.entries, name))
 
     @property
+    def states_all(self) -> bool:
+        """Whether the mask after this rule is known, whatever it was before."""
+        return self.action in ("register_mask", "train_only") or self.entries is None
+
+    @property
     def freezes(self) -> bool:
         """Whether any entry can be frozen after this rule that was not before."""
         if self.action == "register_mask":

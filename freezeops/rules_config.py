@@ -14,6 +14,7 @@ import numpy as np
 
 from freezeops.layout import Layout
 from freezeops.mask import Mask
+from freezeops.messages import short
 from freezeops.naming import Named
 from freezeops.rules import LEFT_OUT, ExactPath, Loaded, Rule
 from freezeops.stored import RawMask, Stored, StoredMask
@@ -150,6 +151,12 @@ def _mask_from_config(config: Mapping[str, Any]) -> Mask | None:
 
 
 def _loaded_to_config(loaded: Loaded, room: _Room) -> dict[str, Any]:
+    if old := [mask.name for mask in loaded.stored.masks if isinstance(mask, RawMask) and mask.freezes]:
+        raise ValueError(
+            "Masks that an older version of freezeops stored without their layout must find their variables before "
+            "they can be copied or saved: build the optimizer first with `optimizer.build(model.trainable_variables)`. "
+            f"Received: masks of {short(old)}"
+        )
     masks = {}
     # Small ones first, so that as few as possible are left out.
     stated = [mask for mask in loaded.stored.masks if not isinstance(mask, RawMask) and mask.stated]

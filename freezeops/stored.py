@@ -12,7 +12,7 @@ one string (`to_bytes`). Files written before version 1 of this format have bare
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
@@ -329,7 +329,12 @@ class Problem(ValueError):
 
 
 def find(
-    stored: Stored, own: Sequence[Named], known_layouts: Mapping[str, Layout] | None = None, strict: bool = False
+    stored: Stored,
+    own: Sequence[Named],
+    known_layouts: Mapping[str, Layout] | None = None,
+    strict: bool = False,
+    others: Collection[str] = (),
+    passed: list[str] | None = None,
 ) -> tuple[dict[int, StoredMask], list[str]]:
     """Which variable each stored mask is for.
 
@@ -338,6 +343,8 @@ def find(
         own: The optimizer's variables: unique paths and shapes.
         known_layouts: Layouts of masks that were stored without, by the stored name.
         strict: Whether every mask must fit, also one that freezes nothing.
+        others: Paths of the model's variables that the optimizer does not have. Masks of these are passed over.
+        passed: Gets the names of masks that were passed over so.
 
     Returns:
         The masks by the variable's position, and what is wrong with others, in words. A mask that freezes nothing is
@@ -347,9 +354,10 @@ def find(
         (mask.name, mask.shape if isinstance(mask, StoredMask) else None) for mask in stored.masks
     ]
     numbers = {name: i for i, (name, _) in enumerate(named)}
-    paths, own_paths = named, own
+    paths: Sequence[Named] = named
+    own_paths: Sequence[Named] = [*own, *((path, None) for path in others)]
     if any(isinstance(mask, RawMask) and not mask.slashes for mask in stored.masks):
-        paths, own_paths = _without_slashes(named), _without_slashes(own)
+        paths, own_paths = _without_slashes(named), _without_slashes(own_paths)
     pairs = naming.pair(paths, own_paths)
     found: dict[int, StoredMask] = {}
     problems = []
@@ -360,9 +368,13 @@ def find(
         if position is None and number is not None and needed and not pairs.candidates.get(number):
             # The same name and another shape?
             position = naming.pair([(name, None) for name, _ in paths], own_paths).found.get(number)
+        if position is not None and position >= len(own):
+            if passed is not None and mask.freezes:
+                passed.append(mask.name)
+            continue
         if position is None:
             if needed:
-                candidates = [own[j][0] for j in pairs.candidates.get(-1 if number is None else number, [])]
+                candidates = [own_paths[j][0] for j in pairs.candidates.get(-1 if number is None else number, [])]
                 may_be = f"which may be for any of {candidates}" if candidates else "which matches nothing"
                 problems.append(f"a mask of {mask.name!r}, {may_be}")
             continue
@@ -381,7 +393,23 @@ def find(
                 )
             continue
         found[position] = mask
-    return found, problems
+    return _told_apart(found, own, problems), problems
+
+
+def _told_apart(found: dict[int, StoredMask], own: Sequence[Named], problems: list[str]) -> dict[int, StoredMask]:
+    """Leaves out masks of variables that share a path and a shape, and differ: nothing says which is which."""
+    groups: dict[Named, list[int]] = {}
+    for position, (name, shape) in enumerate(own):
+        groups.setdefault((naming.path_of(name), shape), []).append(position)
+    result = dict(found)
+    for (path, _), positions in groups.items():
+        stored = [found[position] for position in positions if position in found]
+        differ = len(stored) < len(positions) or any(each.mask != stored[0].mask for each in stored)
+        if len(positions) > 1 and any(each.freezes for each in stored) and differ:
+            problems.append(f"masks of {len(positions)} variables with the path {path!r}, which only order tells apart")
+            for position in positions:
+                result.pop(position, None)
+    return result
 
 
 def _without_slashes(named: Sequence[Named]) -> list[Named]:

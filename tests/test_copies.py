@@ -241,7 +241,12 @@ def test_small_masks_stay_where_a_large_one_is_left_out(monkeypatch):
     again.build(variables)
     with pytest.raises(ValueError, match="no mask yet for 'large'"):
         again.apply([tf.ones(v.shape) for v in variables], variables)
-    again.freeze("large", [0])
+    again.freeze("large", [0])  # of a mask that is not known
+    with pytest.raises(ValueError, match="no mask yet for 'large'"):
+        again.apply([tf.ones(v.shape) for v in variables], variables)
+    with pytest.raises(ValueError, match="no mask yet for 'large'"):
+        again.masks_by_path()
+    again.register_mask("large", np.arange(100_000) > 5)
     again.apply([tf.ones(v.shape) for v in variables], variables)
 
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 from common import assert_same_bits
 
 import freezeops as fz
+from freezeops import rules_config
 
 X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 8)).astype("float32")
@@ -739,3 +740,155 @@ def test_saved_model_holds_no_masks_for_the_optimizer(tmp_path):
     assert_same_bits(after[~MASK], before[~MASK])
     assert (after[MASK] != before[MASK]).all()
     shutil.rmtree(tmp_path / "m")
+
+
+# What a review found.
+
+
+def blocks(trainable):
+    model = keras.Sequential([keras.Input((8,)), *(keras.layers.Dense(8, name=f"block_{i}") for i in (1, 2))])
+    for i, layer in enumerate(model.layers, 1):
+        layer.trainable = i in trainable
+    model.compile(fz.MaskedOptimizer(keras.optimizers.Adam(0.01)), "mse", jit_compile=False)
+    return model
+
+
+@pytest.mark.parametrize("store", [*STORES, "config"])
+@pytest.mark.parametrize("built", [False, True])
+def test_training_layer_by_layer(tmp_path, store, built):
+    """The mask of a layer that is not trained any more is not that of one whose name looks like it counted up."""
+    model = blocks([1])
+    model.optimizer.freeze("block_1/kernel", [0, 1])
+    train(model)
+    other = blocks([2])
+    if store == "config":
+        if built:
+            pytest.skip("a config makes an optimizer that is not built")
+        other.compile(fz.MaskedOptimizer.from_config(model.optimizer.get_config()), "mse", jit_compile=False)
+    else:
+        path = save(model, store, tmp_path / "s")
+        if built:
+            other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match="not trained here were passed over: .*block_1/kernel"):
+        train(other) if store == "config" else load_and_train(other, path, store)
+    assert other.optimizer.density == 1.0
+
+
+def load_and_train(model, path, store):
+    load(model, path, store)
+    train(model)
+
+
+def test_a_model_whose_layer_is_not_trained_any_more_loads(tmp_path):
+    model = blocks([1, 2])
+    model.optimizer.freeze("block_1/kernel", [0])
+    model.optimizer.freeze("block_2/kernel", [1])
+    train(model)
+    model.layers[0].trainable = False
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="passed over: .*block_1/kernel"):
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert mask_of(loaded) == ~fz.Mask.rows((8, 8), [1])
+    assert_kept(loaded)
+
+
+def test_another_block_is_not_meant(tmp_path):
+    def one(name):
+        inputs = keras.Input((8,))
+        inner = keras.Sequential([keras.layers.Dense(8, name="dense")], name=name)
+        model = keras.Model(inputs, inner(inputs))
+        model.compile(fz.MaskedOptimizer(keras.optimizers.SGD(0.1)), "mse", jit_compile=False)
+        return model
+
+    model = one("encoder")
+    model.optimizer.freeze("encoder/dense/kernel", [0])
+    train(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(ValueError, match="encoder/dense/kernel', which matches nothing"):
+        one("decoder").load_weights(tmp_path / "m.weights.h5")
+
+
+@pytest.mark.parametrize("order", [("left", "right"), ("right", "left")])
+def test_variables_with_one_path_are_not_told_apart_by_order(order):
+    left, right = (tf.Variable(tf.ones([8]), name="proj/kernel") for _ in range(2))
+    optimizer = fz.MaskedOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.build([left, right])
+    optimizer.freeze(left)
+    again = fz.MaskedOptimizer.from_config(optimizer.get_config())
+    with pytest.raises(ValueError, match="2 variables with the path 'proj/kernel', which only order tells apart"):
+        again.build([left, right] if order[0] == "left" else [right, left])
+    optimizer.freeze(right)  # the same mask for both
+    again = fz.MaskedOptimizer.from_config(optimizer.get_config())
+    again.build([right, left])
+    assert again.density == 0.0
+
+
+def test_a_part_of_a_multi_optimizer_that_refuses_is_heard(tmp_path):
+    def make(maskable, rule=True):
+        inputs = keras.Input((8,))
+        model = keras.Model(inputs, keras.layers.Dense(8, name="b")(keras.layers.Dense(8, name="a")(inputs)))
+        parts = [fz.MaskedOptimizer(keras.optimizers.SGD(0.1), maskable=each) for each in (None, maskable)]
+        if rule:
+            parts[1].freeze("b/kernel", ~MASK)
+        maps = keras.optimizers.OptimizerMap(parts[0], {"b/.*": parts[1]})
+        model.compile(keras.optimizers.MultiOptimizer(maps), "mse", jit_compile=False)
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    model = make(None)
+    train(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = make({"b/kernel": "columns"}, rule=False)
+    with pytest.raises(ValueError, match="maskable="):
+        other.load_weights(tmp_path / "m.weights.h5")
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_optimizer_usable(tmp_path):
+    model = square("a")
+    model.optimizer.freeze("a/kernel", [0])
+    train(model)
+    path = save(model, "checkpoint", tmp_path / "s")
+    other = square("b")
+    tf.train.Checkpoint(optimizer=other.optimizer).read(path)
+    with pytest.raises(ValueError, match="matches nothing"):
+        train(other)
+    other.compile(other.optimizer, "mse", jit_compile=False)
+    train(other)
+    assert other.optimizer.density == 1.0
+
+
+def test_old_masks_are_not_copied_before_they_found_their_variables():
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1))
+    fz.load_masks(optimizer, OLD / "full.weights.h5")
+    with pytest.raises(ValueError, match="must find their variables before they can be copied"):
+        optimizer.get_config()
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_masks_that_were_left_out_stay_unknown_through_a_store(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(rules_config, "LIMIT", 1)
+    model = square()
+    model.optimizer.register_mask("a/kernel", MASK)
+    train(model)
+    copy = square()
+    copy.compile(fz.MaskedOptimizer.from_config(model.optimizer.get_config()), "mse", jit_compile=False)
+    copy.optimizer.build(copy.trainable_variables)
+    path = save(copy, store, tmp_path / "s")
+    other = square()
+    other.optimizer.build(other.trainable_variables)
+    load(other, path, store)
+    with pytest.raises(ValueError, match="no mask yet for '.*a/kernel'"):
+        train(other)
+    other.optimizer.register_mask("a/kernel", MASK)
+    other.compile(other.optimizer, "mse", jit_compile=False)
+    assert_kept(other)
+
+
+def test_load_masks_brings_rules_that_waited(tmp_path):
+    model = square()
+    model.optimizer.freeze("a/kernel", [0])
+    path = save(model, "checkpoint", tmp_path / "s")
+    other = square()
+    fz.load_masks(other.optimizer, path)
+    other.optimizer.build(other.trainable_variables)
+    assert mask_of(other) == ~fz.Mask.rows((8, 8), [0])
