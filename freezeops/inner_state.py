@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from freezeops.keras_internals import Untracked, is_multi_optimizer, wrapped_optimizers
+from freezeops.keras_internals import Untracked, is_multi_optimizer, weights_being_loaded, wrapped_optimizers
+from freezeops.messages import short
 from freezeops.notices import warn
 
 SlotName = tuple[int | None, str]
@@ -38,6 +39,7 @@ class Load:
         refused: Whether the masks did not fit: then nothing else is loaded.
         done: Whether the state of the optimizers inside has been loaded already.
         left: How many arrays of a bare optimizer's file nobody has taken yet.
+        take_masks: Loads the masks of a file that was saved with a scaler outside, which is inside now.
         last: The `id` of the optimizer inside that comes last, behind which nothing can fail.
     """
 
@@ -50,11 +52,16 @@ class Load:
     done: bool = False
     left: int = 0
     last: int = 0
+    take_masks: Callable[[Mapping[str, np.ndarray]], None] | None = None
 
     def take_back(self) -> None:
         """Makes everything what it was before this load."""
         while self.undo:
             self.undo.pop()()
+
+
+_OF_A_SCALER = 3
+"""How many variables a `LossScaleOptimizer` has of its own, but for a learning rate: steps, steps, scale."""
 
 
 class _Waiting(NamedTuple):
@@ -97,7 +104,7 @@ def store_scalers_around(cls: type) -> None:
         (_save_own_variables if isinstance(self.inner_optimizer, cls) else save)(self, store)
 
     def load_own_variables(self: Any, store: Any) -> None:
-        (_load_own_variables if isinstance(self.inner_optimizer, cls) else load)(self, store)
+        (_load_scaler if isinstance(self.inner_optimizer, cls) else load)(self, store)
 
     load_own_variables._freezeops = True  # type: ignore[attr-defined]
     scaler.save_own_variables, scaler.load_own_variables = save_own_variables, load_own_variables
@@ -105,6 +112,7 @@ def store_scalers_around(cls: type) -> None:
 
 def begin(load: Load, optimizer: keras.optimizers.Optimizer) -> None:
     """Hands a load to an optimizer and all that it wraps, of which Keras loads the state next."""
+    vars(optimizer).pop("_freezeops_bare", None)  # of a load before
     for part in wrapped_optimizers(optimizer):
         vars(part)["_freezeops_load"] = Untracked(load)
         load.last = id(part)
@@ -168,8 +176,18 @@ def assign_waiting(optimizer: keras.optimizers.Optimizer, load: Load | None = No
         arrays, skip = kept.value
         own = Load(skip) if load is None else Load(skip, load.own, load.saved, load.fit)
         try:
-            if of_bare:
+            if _is_around_masked(optimizer):
+                _assign_scaler(optimizer, arrays, skip)
+            elif of_bare:
                 _load_bare(own, optimizer, arrays)
+                if own.left:
+                    # Of a bare scaler, which is not here: its own variables come first.
+                    count = len(list(_all_variables(optimizer)))
+                    if len(arrays) - count == _OF_A_SCALER + isinstance(
+                        getattr(optimizer, "_learning_rate", None), keras.Variable
+                    ):
+                        own.left = 0
+                        _load_bare(own, optimizer, arrays[-count:])
                 if own.left:
                     raise _refusal(optimizer, [f"{own.left} arrays"])
             else:
@@ -213,6 +231,11 @@ def _is_wrapper(optimizer: Any) -> bool:
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or is_multi_optimizer(optimizer)
 
 
+def _is_around_masked(optimizer: Any) -> bool:
+    """Whether this is a `LossScaleOptimizer` around a `MaskedOptimizer`."""
+    return hasattr(getattr(optimizer, "inner_optimizer", None), "load_shifted") and _is_wrapper(optimizer)
+
+
 def _own_variables(optimizer: Any) -> list[keras.Variable]:
     if _is_wrapper(optimizer):
         return list(optimizer._variables)
@@ -245,14 +268,24 @@ def _save_own_variables(self: Any, store: Any) -> None:
 
 def _load_own_variables(self: Any, store: Any) -> None:
     kept = vars(self).pop("_freezeops_load", None)
-    load = Load(False) if kept is None else kept.value
-    if load.refused or load.done:
+    load = Load(weights_being_loaded().skip_mismatch) if kept is None else kept.value
+    if load.refused:
         return
     keys = [str(i) for i in range(len(store.keys()))]
+    if any(not key.isdigit() for key in store.keys()) and load.take_masks and hasattr(self, "inner_optimizer"):  # noqa: SIM118
+        load.take_masks({key: np.array(store[key]) for key in store.keys()})  # noqa: SIM118
+        return
     if strange := sorted(set(store.keys()) - set(keys)):
+        load.take_back()
+        load.refused = True
+        vars(self).pop("_freezeops_bare", None)
         raise ValueError(
-            f"The state of an optimizer in a file must be arrays that are counted from 0. Received: {strange}"
+            "The state of an optimizer in a file must be arrays that are counted from 0. Was it saved with another "
+            "wrapper around? `fz.load_masks(optimizer, path)` reads its masks. "
+            f"Received: {short(strange)} for {self.name!r}"
         )
+    if load.done:
+        return
     arrays = [np.array(store[key]) for key in keys]
     if not self.built:
         vars(self)["_freezeops_waiting"] = Untracked(_Waiting(arrays, load.skip))
@@ -265,7 +298,36 @@ def _load_own_variables(self: Any, store: Any) -> None:
     except ValueError:
         if not load.skip:
             load.take_back()
+            load.refused = True
         raise
+
+
+def _load_scaler(self: Any, store: Any) -> None:
+    """Loads a file into a `LossScaleOptimizer` around a `MaskedOptimizer`, whatever was around when it was saved."""
+    keys, masked = list(store.keys()), self.inner_optimizer
+    if any(not key.isdigit() for key in keys):
+        # Of a `MaskedOptimizer` without a scaler around: what comes next is what that one wraps.
+        masked.load_shifted({key: np.array(store[key]) for key in keys})
+        return
+    file = weights_being_loaded()
+    if keys and not self.built:
+        masked.build_to_load(file.model)
+    arrays = [np.array(store[str(i)]) for i in range(len(keys))]
+    if self.built:
+        _assign_scaler(self, arrays, file.skip_mismatch)
+    else:
+        vars(self)["_freezeops_waiting"] = Untracked(_Waiting(arrays, file.skip_mismatch))
+
+
+def _assign_scaler(scaler: Any, arrays: list[np.ndarray], skip: bool) -> None:
+    """Sets the state of a scaler around a `MaskedOptimizer`, or of a bare optimizer that had none around."""
+    masked = scaler.inner_optimizer
+    of_scaler = len(arrays) in (len(_own_variables(scaler)), len(scaler.variables))
+    if not of_scaler and len(arrays) == len(masked.variables):
+        masked.load_own_variables({str(i): array for i, array in enumerate(arrays)})
+    else:
+        load = Load(skip)
+        _carry_out([_plan(scaler, arrays, load)], load)
 
 
 class _Plan(NamedTuple):

@@ -137,6 +137,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         base = _base_optimizer(self.inner_optimizer)
         inner_built = getattr(base, "_built", False)
         planned = self._plan(index, inner_built)
+        planned.changes.warn()
         plans = planned.plans
         if planned.awaiting and not tf.executing_eagerly():
             raise ValueError(self._awaiting_message([index.paths[i] for i in planned.awaiting]))

@@ -140,6 +140,7 @@ class Masking:
     _state: State
     _builds_for_load = False
     _refused: tuple[Any, BaseException] | None = None
+    _shifted = False
 
     # What the class that takes this in says.
 
@@ -554,7 +555,6 @@ class Masking:
         for position in planned.awaiting:
             masks.pop(position, None)
         planned.plans = self._choose(index, masks, permanent, maskable, saved)
-        planned.changes.warn()
         return planned
 
     def _plan_load(
@@ -777,12 +777,30 @@ class Masking:
                 (Keras has loaded the model's weights before it comes here.)
         """
         entries = {key: np.array(store[key]) for key in store.keys()}  # noqa: SIM118
-        refused = self._refused
-        if entries:
+        refused, shifted = self._refused, self._shifted
+        self._shifted = False
+        if shifted:
+            # The masks came before, to a scaler around: this is what the optimizer wraps.
+            if refused is None and entries:
+                self._load_bare([entries[str(i)] for i in range(len(entries))], False)
+        elif entries:
             self._load(entries)
         elif refused is not None and refused[0] == keras_internals.weights_being_loaded().token:
             # Keras comes a second time to a part of a `MultiOptimizer` that refused, with nothing.
             raise refused[1]
+
+    def load_shifted(self, entries: Mapping[str, np.ndarray]) -> None:
+        """Loads what a file without a scaler around has where this optimizer's scaler looks.
+
+        Keras comes next with the state of the inner optimizer, where this optimizer's own is expected.
+        """
+        self._shifted = True
+        self._load(entries)
+
+    def build_to_load(self, model: Any) -> None:
+        """Builds the optimizer, if a load of a file without masks does that; see `_builds_to_load`."""
+        if not self._state.built and self._builds_to_load(Stored(), model):
+            model.optimizer.build(model.trainable_variables)
 
     def _load(self, entries: Mapping[str, np.ndarray]) -> None:
         """Loads what a Keras file holds, of a `MaskedOptimizer` or of a bare optimizer."""
@@ -792,8 +810,8 @@ class Masking:
         try:
             stored = Stored() if bare else Stored.from_entries(entries)
             if not self._state.built and self._builds_to_load(stored, file.model):
-                problems = self._build_to_load(stored, skip, file.model)
-                self._begin_load(stored, skip)
+                problems, masks = self._build_to_load(stored, skip, file.model)
+                self._begin_load(stored, skip, masks)
             else:
                 self._begin_load(stored, skip)
                 problems = self._take_stored(stored, skip)
@@ -807,9 +825,13 @@ class Masking:
             self._refused = file.token, refusal(problems, self._state.index.named)
             raise self._refused[1]
 
-    def _begin_load(self, stored: Stored, skip: bool) -> None:
-        """Called before masks of a file are set, or after the optimizer was built with them; Keras loads the state of
-        the optimizers inside next.
+    def _begin_load(self, stored: Stored, skip: bool, masks: Mapping[int, Mask] | None = None) -> None:
+        """Called before masks of a file are set; Keras loads the state of the optimizers inside next.
+
+        Args:
+            stored: What the file holds.
+            skip: Whether to do without what does not fit.
+            masks: Where the optimizer was built with masks of the file: those that it would have without, by position.
         """
 
     def _refuse_load(self) -> None:
@@ -829,8 +851,12 @@ class Masking:
             return False
         return any(part is self for part in keras_internals.wrapped_optimizers(model.optimizer))
 
-    def _build_to_load(self, stored: Stored, skip: bool, model: Any) -> list[str]:
-        """Builds the optimizer with masks that are loaded. Returns what did not fit, in words."""
+    def _build_to_load(self, stored: Stored, skip: bool, model: Any) -> tuple[list[str], dict[int, Mask]]:
+        """Builds the optimizer with masks that are loaded.
+
+        Returns:
+            What did not fit, in words; and the masks without that load, by position.
+        """
         before = list(self._state.rules)
         self._take_stored(stored, skip)
         self._builds_for_load = True
@@ -843,7 +869,10 @@ class Masking:
         finally:
             self._builds_for_load = False
         problems, self._state.problems = self._state.problems, []
-        return problems
+        loaded, self._state.rules = self._state.rules, before
+        masks = self._plan(self._state.index, False).masks
+        self._state.rules = loaded
+        return problems, masks
 
     def _take_stored(self, stored: Stored, skip: bool = False) -> list[str]:
         """Takes what a store holds: at once or, before the build, as a rule; wholly or, on an error, not at all.

@@ -280,6 +280,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         keras_internals.check_strategy(tf.distribute.get_strategy())
         index = rules.VariableIndex(variables)
         planned = self._plan(index, self.inner_optimizer.built)
+        planned.changes.warn()
         plans = planned.plans
         if self.inner_optimizer.built and any(plan.way == "compact" for plan in plans):
             raise ValueError(
@@ -960,11 +961,12 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
         return inner_state.Load(skip, own, saved, fit)
 
-    def _begin_load(self, stored: Stored, skip: bool) -> None:
+    def _begin_load(self, stored: Stored, skip: bool, masks: Mapping[int, Mask] | None = None) -> None:
         load = inner_state.Load(skip)
         if self._state.built:
             load = self._new_load(stored, skip)
-            load.undo = self._undo_of(stored, skip)
+            load.undo = self._undo_of(stored, skip) if masks is None else [functools.partial(self._unload, masks)]
+        load.take_masks = self._load
         inner_state.begin(load, self.inner_optimizer)
 
     def _refuse_load(self) -> None:
@@ -977,6 +979,28 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         # With compact state all variables would have full state while nothing says what is frozen.
         stated = any(mask.freezes for mask in stored.masks)
         return self.state == "compact" and not stated and not stored.rules and not self._state.rules
+
+    def _unload(self, masks: Mapping[int, Mask]) -> None:
+        """Gives variables the masks that they would have if the optimizer had been built without a load.
+
+        Args:
+            masks: By position; entries of other variables are trainable.
+        """
+        changes = masking.Changes()
+        for position, part in enumerate(self._state.partitions):
+            if not isinstance(part, MaskedPartition):
+                continue
+            mask = masks.get(position, Mask.trainable(tuple(part.variable.shape)))
+            try:
+                changes.masks[position] = part.fit(mask)
+            except ValueError:
+                # No room in compact state, which was made for the file's masks.
+                raise ValueError(
+                    f"The masks of a refused file could not be taken back: compile with a new optimizer. {part.path!r} "
+                    "has no room in compact state for what was trainable before"
+                ) from None
+        self._state.stated = dict.fromkeys(masks, "call")
+        self._set_masks(changes.masks)
 
     def _undo_of(self, stored: Stored, skip: bool) -> list[Callable[[], None]]:
         """What takes a load back: calls that set everything that it may change to what it is now."""

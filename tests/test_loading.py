@@ -892,3 +892,61 @@ def test_load_masks_brings_rules_that_waited(tmp_path):
     fz.load_masks(other.optimizer, path)
     other.optimizer.build(other.trainable_variables)
     assert mask_of(other) == ~fz.Mask.rows((8, 8), [0])
+
+
+SCALED = {
+    "none": lambda make, inner: make(inner),
+    "inside": lambda make, inner: make(keras.optimizers.LossScaleOptimizer(inner)),
+    "outside": lambda make, inner: keras.optimizers.LossScaleOptimizer(make(inner)),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("here", SCALED)
+@pytest.mark.parametrize("there", SCALED)
+def test_another_scaler_around(tmp_path, there, here, built, state):
+    """A run goes on under `mixed_float16`, which puts a scaler outside; what does not fit is refused wholly."""
+
+    def scaled(kind, rule):
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="a")])
+        inner = keras.optimizers.Adam(0.01)
+        masks = {"a/kernel": rule}
+        optimizer = SCALED[kind](lambda of: fz.MaskedOptimizer(of, masks=masks, state=state), inner)
+        model.compile(optimizer, "mse", jit_compile=False)
+        return model, inner
+
+    model, adam = scaled(there, MASK)
+    train(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    fits = here == there or here == "outside" or (there, here) == ("outside", "inside")
+    first = np.arange(8)[:, None] > 0
+    other, inner = scaled(here, MASK if fits else first & MASK)
+    if built:
+        other.optimizer.build(other.trainable_variables)
+    if fits:
+        other.load_weights(tmp_path / "m.weights.h5")
+        assert mask_of(other) == fz.Mask.from_array(MASK)
+        assert int(inner.iterations) == 2
+        assert_same_bits(inner._momentums[0].numpy(), adam._momentums[0].numpy())
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(ValueError, match="could not be loaded"):
+                other.load_weights(tmp_path / "m.weights.h5")
+        assert mask_of(other) == fz.Mask.from_array(first & MASK)
+        assert int(inner.iterations) == 0
+    assert_kept(other)
+
+
+def test_a_refused_load_before_the_build_leaves_the_rules(tmp_path):
+    model = square()
+    model.compile(fz.MaskedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9)), "mse", jit_compile=False)
+    model.optimizer.freeze("a/kernel", [0])
+    train(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = square()
+    other.optimizer.freeze("a/bias")
+    with pytest.raises(ValueError, match="must fit the optimizer"):
+        other.load_weights(tmp_path / "m.weights.h5")
+    assert mask_of(other).density == 1.0 and mask_of(other, 1).count() == 0
