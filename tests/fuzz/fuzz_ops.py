@@ -590,7 +590,11 @@ def fuzz(calls: int, seed: int, first: int = 0, log: Path | None = None) -> coll
 
 def supervise(arguments: list[str], log: Path) -> int:
     """Runs this in a process of its own, so that the call can be told that ends it."""
-    done = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, __file__, *arguments, "--alone"], os.environ)
+    environment = dict(os.environ)
+    if any(argument.startswith("--library") for argument in arguments):
+        # The package's own library must not register its ops first.
+        environment["FREEZEOPS_BACKEND"] = "reference"
+    done = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, __file__, *arguments, "--alone"], environment)
     if done:
         ended = f"signal {signal.Signals(-done).name}" if done < 0 else f"status {done}"
         print(f"FOUND ({ended}) {log.read_text(encoding='utf-8') if log.exists() else ''}", flush=True)
@@ -609,6 +613,7 @@ def main() -> int:
     if not options.alone:
         return supervise(sys.argv[1:], options.log)
     if options.library is not None:
+        os.environ.pop("FREEZEOPS_BACKEND", None)
         library = tf.load_op_library(str(options.library))
         _native.op_library = lambda: library
     assert ops.backend() == "auto" and _native.op_library() is not None, "no native library for this TensorFlow"

@@ -131,19 +131,26 @@ def library_with(fault: str, build: Path, folder: Path) -> Path:
     return library
 
 
+def fuzzed(library: Path, calls: int, log: Path) -> list[str]:
+    """What the fuzzer finds in a library."""
+    fuzzer = [sys.executable, ROOT / "tests/fuzz/fuzz_ops.py", "--library", library, "--calls", str(calls)]
+    done = subprocess.run([*fuzzer, "--log", log], capture_output=True, text=True, env=dict(os.environ), check=False)
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("FOUND", "SUMMARY"))]
+
+
 def main() -> int:
     build = Path(sys.argv[1]).resolve()
     wanted = [fault for fault in FAULTS if not sys.argv[2:] or any(word in fault for word in sys.argv[2:])]
     missed = 0
+    library = next(build.glob("libfreezeops_tf*.so"))
+    if problems := fuzzed(library, 300, build / "fuzz.log"):
+        print("The library without a fault must pass, or nothing is shown. Received:", *problems, sep="\n    ")
+        return 1
     for fault in wanted:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             library = library_with(fault, build, Path(name))
-            fuzzer = [sys.executable, ROOT / "tests/fuzz/fuzz_ops.py", "--library", library, "--calls", str(CALLS)]
-            done = subprocess.run(
-                [*fuzzer, "--log", f"{name}/log"], capture_output=True, text=True, env=dict(os.environ), check=False
-            )
-        found = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("FOUND", "SUMMARY"))]
+            found = fuzzed(library, CALLS, Path(name) / "log")
         missed += not found
         print(f"{'found ' if found else 'MISSED'} {fault} ({time.monotonic() - begin:.0f} s)", *found, sep="\n    ")
         sys.stdout.flush()
