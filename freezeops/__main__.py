@@ -9,7 +9,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from rich.console import Console
 from rich.table import Table
 
-from freezeops import _native, ops
+from freezeops import ops
+from freezeops.ops import native
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -19,7 +20,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _cuda_rows(diagnosis: _native.Diagnosis) -> list[tuple[str, str]]:
+def _cuda_rows(diagnosis: native.Diagnosis) -> list[tuple[str, str]]:
     """What there is to say about GPUs."""
     kernels = diagnosis.cuda
     gpus = [f"{gpu.name} (compute capability {gpu.capability / 10})" for gpu in diagnosis.gpus]
@@ -46,7 +47,7 @@ def _cuda_rows(diagnosis: _native.Diagnosis) -> list[tuple[str, str]]:
 def main() -> int:
     """Prints the diagnosis. Returns the exit status."""
     console = Console()
-    diagnosis = _native.diagnosis()
+    diagnosis = native.diagnosis()
 
     versions = _table("Versions", "package", "version")
     for name, version in diagnosis.versions.items():

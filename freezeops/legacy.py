@@ -10,14 +10,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import keras_internals, masking, rules
-from freezeops.checkpoints import MaskStore
-from freezeops.keras_internals import Variable
-from freezeops.masking import FrozenEntries
+from freezeops.files.checkpoints import MaskStore
+from freezeops.keras_compat import keras_internals
+from freezeops.keras_compat.keras_internals import Variable
+from freezeops.keras_compat.options import InnerOption, InnerOptions
 from freezeops.messages import short
-from freezeops.options import InnerOption, InnerOptions
-from freezeops.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
-from freezeops.traced_writes import guarded
+from freezeops.partitions.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
+from freezeops.registry import masking, rules
+from freezeops.registry.masking import FrozenEntries
+from freezeops.step.traced_writes import guarded
 
 try:
     import tf_keras

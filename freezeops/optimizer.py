@@ -12,23 +12,30 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import (
-    compact,
-    fused,
-    inner_state,
-    keras_internals,
-    layout,
-    masking,
-    naming,
-    ops,
-    partition,
-    rules,
-    rules_config,
-    unfreezing,
+from freezeops import ops
+from freezeops.files.checkpoints import MaskStore
+from freezeops.keras_compat import keras_internals, stored_state
+from freezeops.keras_compat.keras_internals import SlotRecord, Variable
+from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.masks import layout
+from freezeops.masks.mask import Mask
+from freezeops.messages import short
+from freezeops.partitions import compact, partition
+from freezeops.partitions.compact import Capacity, CompactPartition, TrainableIndex
+from freezeops.partitions.partition import (
+    FullPartition,
+    MaskedPartition,
+    Partition,
+    PermanentPartition,
+    UnmaskedPartition,
 )
-from freezeops.checkpoints import MaskStore
-from freezeops.compact import Capacity, CompactPartition, TrainableIndex
-from freezeops.compact_slots import (
+from freezeops.registry import masking, rules, rules_config
+from freezeops.registry.masking import FrozenEntries
+from freezeops.registry.rules import Loaded
+from freezeops.slots import unfreezing
+from freezeops.slots.catalogue import slots_of
+from freezeops.slots.elementwise import check_elementwise
+from freezeops.slots.moving import (
     CompactSlots,
     EntryState,
     entry_states,
@@ -37,20 +44,13 @@ from freezeops.compact_slots import (
     positions_of,
     unpacked,
 )
-from freezeops.elementwise import check_elementwise
-from freezeops.fused import FusedStep, FusedUpdates
-from freezeops.keras_internals import SlotRecord, Variable
-from freezeops.mask import Mask
-from freezeops.masking import FrozenEntries
-from freezeops.messages import short
-from freezeops.options import InnerOption, InnerOptions
-from freezeops.partition import FullPartition, MaskedPartition, Partition, PermanentPartition, UnmaskedPartition
-from freezeops.rules import Loaded
-from freezeops.slots import slots_of
-from freezeops.stored import Stored
-from freezeops.traced_writes import guarded
+from freezeops.slots.unfreezing import Seeding, VariableSlots
+from freezeops.step import fused
+from freezeops.step.fused import FusedStep, FusedUpdates
+from freezeops.step.traced_writes import guarded
+from freezeops.storage import saved_names
+from freezeops.storage.stored import Stored
 from freezeops.transforms import Gradient
-from freezeops.unfreezing import Seeding, VariableSlots
 
 _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "loss_scale_factor", "gradient_accumulation_steps")
 
@@ -186,8 +186,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         for part in keras_internals.wrapped_optimizers(inner_optimizer):
-            inner_state.store_once_and_check(part)
-        inner_state.store_scalers_around(MaskedOptimizer)
+            stored_state.store_once_and_check(part)
+        stored_state.store_scalers_around(MaskedOptimizer)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._fused = fused
@@ -247,13 +247,13 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             for part, own in self._own_names()
         ]
 
-    def _own_names(self) -> Iterator[tuple[keras.optimizers.Optimizer, list[inner_state.SlotName]]]:
+    def _own_names(self) -> Iterator[tuple[keras.optimizers.Optimizer, list[stored_state.SlotName]]]:
         """Each optimizer inside, with the names of its own variables."""
         positions = {
             id(record.slot): position for position, records in self._state.records.items() for record in records
         }
         for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
-            yield part, inner_state.names_of(part, self._state.index.paths, positions)
+            yield part, stored_state.names_of(part, self._state.index.paths, positions)
 
     # Building.
 
@@ -274,7 +274,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             self._build(variables)
         if scaler is not None:
             with tf.init_scope():
-                inner_state.assign_waiting(scaler)
+                stored_state.assign_waiting(scaler)
 
     def _build(self, variables: list[Variable]) -> None:
         keras_internals.check_strategy(tf.distribute.get_strategy())
@@ -319,7 +319,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
     def _is_waiting(self, planned: masking.Planned) -> bool:
         """Whether something was loaded before the build."""
         parts = keras_internals.wrapped_optimizers(self.inner_optimizer)
-        return bool(planned.loaded) or any(map(inner_state.is_waiting, parts))
+        return bool(planned.loaded) or any(map(stored_state.is_waiting, parts))
 
     def _assign_waiting(self, planned: masking.Planned) -> None:
         """Sets what was loaded before the build: the optimizers' state, then what waits to be seeded.
@@ -332,7 +332,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         loads = [rule.stored for rule in self._state.rules if isinstance(rule, Loaded) and rule.stored.slots]
         load = self._new_load(loads[-1] if loads else Stored(), False)
         for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
-            inner_state.assign_waiting(part, load)
+            stored_state.assign_waiting(part, load)
         for position, waiting in planned.changes.waiting.items():
             self._set_waiting(position, waiting)
         for position, loaded in planned.loaded.items():
@@ -935,13 +935,13 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                         )
         self._take_stored(stored)
 
-    def _new_load(self, stored: Stored, skip: bool) -> inner_state.Load:
+    def _new_load(self, stored: Stored, skip: bool) -> stored_state.Load:
         """How the state of the optimizers inside is found in what a file holds; built."""
         found, _ = self._find(Loaded(stored), self._state.index, masking.Changes())
         # Shapes do not count: a slot that does not fit is told from one of no variable.
         own_paths = self._state.index.named
         others = sorted(keras_internals.paths_of_model(self) - set(self._state.index.paths))
-        pairs = naming.pair(
+        pairs = saved_names.pair(
             [(name, None) for name, _ in stored.variables], [*own_paths, *((path, None) for path in others)]
         )
         found_at = {name: pairs.found.get(i, -1) for i, (name, _) in enumerate(stored.variables)}
@@ -959,21 +959,21 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                 return array if array.shape == tuple(slot.shape) else None
             return fitted_slot(array, slot, part, found.get(position))
 
-        return inner_state.Load(skip, own, saved, fit)
+        return stored_state.Load(skip, own, saved, fit)
 
     def _begin_load(self, stored: Stored, skip: bool, masks: Mapping[int, Mask] | None = None) -> None:
-        load = inner_state.Load(skip)
+        load = stored_state.Load(skip)
         if self._state.built:
             load = self._new_load(stored, skip)
             load.undo = self._undo_of(stored, skip) if masks is None else [functools.partial(self._unload, masks)]
         load.take_masks = self._load
-        inner_state.begin(load, self.inner_optimizer)
+        stored_state.begin(load, self.inner_optimizer)
 
     def _refuse_load(self) -> None:
-        inner_state.begin(inner_state.Load(False, refused=True), self.inner_optimizer)
+        stored_state.begin(stored_state.Load(False, refused=True), self.inner_optimizer)
 
     def _load_bare(self, arrays: list[np.ndarray], skip: bool) -> None:
-        inner_state.load_bare(self.inner_optimizer, arrays)
+        stored_state.load_bare(self.inner_optimizer, arrays)
 
     def _waits_to_load(self, stored: Stored) -> bool:
         # With compact state all variables would have full state while nothing says what is frozen.

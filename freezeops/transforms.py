@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.layout import Layout
-from freezeops.mask import Mask
+from freezeops.masks.layout import Layout
+from freezeops.masks.mask import Mask
 from freezeops.messages import short
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices

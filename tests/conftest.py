@@ -10,7 +10,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from freezeops import _native
+from freezeops.ops import native
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -20,7 +20,7 @@ def backend(request, monkeypatch):
         monkeypatch.setenv("FREEZEOPS_BACKEND", "reference")
     else:
         monkeypatch.delenv("FREEZEOPS_BACKEND", raising=False)
-        if _native.op_library() is None:
+        if native.op_library() is None:
             pytest.skip("no native library for this TensorFlow: nothing to compare with")
     return request.param
 

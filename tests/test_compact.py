@@ -10,8 +10,9 @@ from common import MIXING, OPTIONS, SETUPS, assert_same_bits, in_mode
 from rich.console import Console
 
 import freezeops as fz
-from freezeops import compact_slots, rules_config
-from freezeops.partition import FullPartition
+from freezeops.partitions.partition import FullPartition
+from freezeops.registry import rules_config
+from freezeops.slots import moving
 
 ELEMENTWISE = [name for name in SETUPS if name not in MIXING]
 STEPS = 6
@@ -748,7 +749,7 @@ def test_slots_move_by_position():
         mask = rng.random((9, 14)) < rng.random()
         model.optimizer.register_mask("elements", mask)
         model.step()
-        positions = compact_slots.positions_of(fz.Mask.from_array(mask), fz.Mask.from_array(mask).layout)
+        positions = moving.positions_of(fz.Mask.from_array(mask), fz.Mask.from_array(mask).layout)
         slot = model.optimizer.inner_optimizer.momentums[0]
         values = rng.normal(size=126).astype("float32")
         slot.assign(values)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from common import assert_same_bits
 
 import freezeops as fz
-from freezeops import rules_config
+from freezeops.registry import rules_config
 
 X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 2)).astype("float32")

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import freezeops as fz
-from freezeops import checkedfile, delta, maskfile
+from freezeops.files import delta, maskfile
+from freezeops.storage import checkedfile
 
 SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 KIND = checkedfile.Kind(b"freezeops tests\n", 1, "test file", "write_test")
@@ -385,7 +386,7 @@ package = types.ModuleType("freezeops")
 package.__path__ = ["freezeops"]
 sys.modules["freezeops"] = package
 from pathlib import Path
-from freezeops import checkedfile
+from freezeops.storage import checkedfile
 kind = checkedfile.Kind(b"freezeops tests\\n", 1, "test file", "write_test")
 path = Path(sys.argv[1])
 """

@@ -11,7 +11,7 @@ from common import MODES, assert_same_bits, in_mode
 from test_promise import numpy_dtype, odd_values
 
 import freezeops as fz
-from freezeops import rules_config
+from freezeops.registry import rules_config
 
 STATES = ("full", "compact")
 DOC = Path(__file__).resolve().parents[1] / "docs" / "training.md"

@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import freezeops as fz
-from freezeops import _native, compact, ops, reference_updates
-from freezeops.layout import Layout
-from freezeops.reference_updates import FusedVariable
+from freezeops import ops
+from freezeops.masks.layout import Layout
+from freezeops.ops import native, reference_updates
+from freezeops.ops.reference_updates import FusedVariable
+from freezeops.partitions import compact
 
 RULES = {
     # Slots, and scalars: rate, decay, its rate, then the rule's own.
@@ -125,7 +127,7 @@ def assert_same_state(ours, twins, told):
             assert_same_bits(actual, expected, f"{told} array {number}")
 
 
-@pytest.mark.skipif(_native.op_library() is None, reason="no native library for this TensorFlow")
+@pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")
 class TestAgainstTheTwin:
     @pytest.mark.parametrize("compact_state", [False, True], ids=["full", "compact"])
     @SETTINGS

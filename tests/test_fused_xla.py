@@ -13,10 +13,11 @@ from common import OPTIONS, assert_same_bits
 from test_fused import DTYPES, FUSED, RULES, options_for, passing_of, train, variables_of, with_gradient_of_rows
 from test_promise import check
 
-from freezeops import _native, ops, reference_updates
-from freezeops.layout import Layout
+from freezeops import ops
+from freezeops.masks.layout import Layout
+from freezeops.ops import native, reference_updates
 
-pytestmark = pytest.mark.skipif(_native.op_library() is None, reason="no native library for this TensorFlow")
+pytestmark = pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")
 
 ODD_BITS = {
     # A signalling NaN, one with a payload, -0.0, subnormals, infinity.

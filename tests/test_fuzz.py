@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from freezeops import _native
+from freezeops.ops import native
 
 FUZZER = Path(__file__).parent / "fuzz" / "fuzz_ops.py"
 CALLS = 330
 
-pytestmark = pytest.mark.skipif(_native.op_library() is None, reason="no native library for this TensorFlow")
+pytestmark = pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")
 
 
 def test_each_call_is_refused_or_gives_what_its_twin_gives(tmp_path):

@@ -11,8 +11,9 @@ from common import MODES, SETUPS, assert_same_bits, in_mode
 from test_fused import FUSED, RULES, assert_same_state, variables_of
 
 import freezeops as fz
-from freezeops import ops, reference, reference_updates
-from freezeops.layout import Layout
+from freezeops import ops
+from freezeops.masks.layout import Layout
+from freezeops.ops import reference, reference_updates
 
 GPUS = tf.config.list_physical_devices("GPU")
 pytestmark = [

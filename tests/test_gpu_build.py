@@ -15,7 +15,8 @@ from tensorflow.core.framework import types_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow.python.framework.kernels import get_registered_kernels_for_op
 
-from freezeops import _native, ops
+from freezeops import ops
+from freezeops.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "cmake" / "FindFreezeopsCuda.cmake"
@@ -25,7 +26,7 @@ DTYPES = {"DT_HALF", "DT_BFLOAT16", "DT_FLOAT", "DT_DOUBLE"}
 
 @pytest.fixture(scope="module")
 def kernels():
-    kernels = _native.cuda_kernels()
+    kernels = native.cuda_kernels()
     if kernels is None:
         pytest.skip("the library in use has no CUDA kernels: it was built without nvcc")
     return kernels
@@ -33,7 +34,7 @@ def kernels():
 
 @pytest.fixture(scope="module")
 def library(kernels):
-    return _native._outcome().used.path
+    return native._outcome().used.path
 
 
 def camel(name):

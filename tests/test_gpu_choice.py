@@ -7,10 +7,11 @@ import pytest
 import tensorflow as tf
 
 from freezeops import __main__ as command
-from freezeops import _native, ops
+from freezeops import ops
+from freezeops.ops import native
 
-KERNELS = _native.CudaKernels("nvcc 13.0.88", (75, 80, 86, 89, 90), (90,), runtime=13000, driver=13010)
-GPU = _native.Gpu("NVIDIA H100", 90)
+KERNELS = native.CudaKernels("nvcc 13.0.88", (75, 80, 86, 89, 90), (90,), runtime=13000, driver=13010)
+GPU = native.Gpu("NVIDIA H100", 90)
 
 
 @pytest.fixture
@@ -20,10 +21,10 @@ def machine(monkeypatch):
     def make(kernels, *gpus):
         monkeypatch.delenv("FREEZEOPS_BACKEND", raising=False)
         monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: list(gpus))
-        monkeypatch.setattr(_native, "op_library", lambda: "the library")
-        monkeypatch.setattr(_native, "has_cuda", lambda: kernels is not None)
-        monkeypatch.setattr(_native, "cuda_kernels", lambda: kernels)
-        monkeypatch.setattr(_native, "gpus", lambda: gpus)
+        monkeypatch.setattr(native, "op_library", lambda: "the library")
+        monkeypatch.setattr(native, "has_cuda", lambda: kernels is not None)
+        monkeypatch.setattr(native, "cuda_kernels", lambda: kernels)
+        monkeypatch.setattr(native, "gpus", lambda: gpus)
         monkeypatch.setattr(ops, "_too_old", {})
 
     return make
@@ -31,7 +32,7 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize("capability", [75, 80, 86, 87, 89, 90, 100, 120, 0])
 def test_kernels_run(machine, capability):
-    machine(KERNELS, GPU, _native.Gpu("another", capability))
+    machine(KERNELS, GPU, native.Gpu("another", capability))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert {ops.paths()[name] for name in ops._OPS} == {"native"}
@@ -52,7 +53,7 @@ def test_old_driver_leads_to_the_twins_and_one_warning(machine, driver, shown):
 
 @pytest.mark.parametrize("capability", [70, 61, 72])
 def test_old_gpu_leads_to_the_twins_and_one_warning(machine, capability):
-    machine(KERNELS, GPU, _native.Gpu("Tesla V100", capability))
+    machine(KERNELS, GPU, native.Gpu("Tesla V100", capability))
     with pytest.warns(UserWarning, match=f"Tesla V100 has compute capability {capability / 10}.*ARCHITECTURES"):
         assert ops._library() is None
     with warnings.catch_warnings():
@@ -69,7 +70,7 @@ def test_machine_code_is_for_its_own_major_version():
 def test_ptx_needs_a_driver_of_its_own_cuda():
     """Of the same major version: that is enough for machine code alone."""
     older = dataclasses.replace(KERNELS, runtime=13010, driver=13000)
-    newer_gpu = _native.Gpu("NVIDIA X", 130)
+    newer_gpu = native.Gpu("NVIDIA X", 130)
     assert ops.gpu_problem(older, [GPU]) is None
     assert "Install a driver for CUDA 13.1 or newer" in ops.gpu_problem(older, [newer_gpu])
     assert ops.gpu_problem(dataclasses.replace(older, driver=13010), [newer_gpu]) is None
@@ -96,7 +97,7 @@ def test_twins_run_in_place_of_kernels_that_cannot(machine):
 
 
 def rows(kernels, *gpus):
-    diagnosis = _native.Diagnosis({}, "auto", [], "loaded", "avx2", kernels, gpus)
+    diagnosis = native.Diagnosis({}, "auto", [], "loaded", "avx2", kernels, gpus)
     return dict(command._cuda_rows(diagnosis))
 
 
@@ -119,7 +120,7 @@ def test_diagnosis_without_gpu_or_kernels():
 
 
 def test_versions_are_read_from_the_library_without_a_driver():
-    kernels = _native.cuda_kernels()
+    kernels = native.cuda_kernels()
     if kernels is None:
         pytest.skip("the library in use has no CUDA kernels: no nvcc when it was built")
     assert kernels.runtime >= 12000 and kernels.compiler.startswith("nvcc ")

@@ -11,14 +11,14 @@ import tensorflow as tf
 from tensorflow.python.framework.kernels import get_registered_kernels_for_op
 
 import freezeops as fz
-from freezeops import _native
+from freezeops.ops import native
 
 
 @pytest.fixture(autouse=True)
 def needs_kernels():
     if not any(k.device_type == "GPU" for k in get_registered_kernels_for_op("MatMul").kernel):
         pytest.skip("this TensorFlow has no GPU kernels")
-    if _native.cuda_kernels() is None:
+    if native.cuda_kernels() is None:
         pytest.skip("the library in use has no CUDA kernels: it was built without nvcc")
 
 

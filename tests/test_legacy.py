@@ -23,8 +23,8 @@ from processes import run_script
 from test_promise import odd_values
 
 import freezeops as fz
-from freezeops import rules_config
 from freezeops.legacy import MaskedOptimizer
+from freezeops.registry import rules_config
 
 _O = tf_keras.optimizers
 

@@ -8,7 +8,7 @@ import pytest
 from files import map_header, sealed
 
 import freezeops as fz
-from freezeops import maskfile
+from freezeops.files import maskfile
 
 SHAPES = {"a/kernel": (6, 8), "a/bias": (8,), "b/kernel": (8, 3)}
 

@@ -7,8 +7,8 @@ import tensorflow as tf
 from common import assert_same_bits
 
 import freezeops as fz
-from freezeops import masking
 from freezeops.messages import short
+from freezeops.registry import masking
 
 
 def make_model(names=("a", "b"), rows=6):

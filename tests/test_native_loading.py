@@ -16,13 +16,13 @@ import tensorflow as tf
 from common import assert_same_bits
 
 import freezeops as fz
-from freezeops import _native
 from freezeops._version import __version__
+from freezeops.ops import native
 
 RUNNING = tf.__version__
 MINOR = ".".join(RUNNING.split(".")[:2])
 LIBRARY_NAME = f"libfreezeops_tf{MINOR.replace('.', '_')}.so"
-BUILT = Path(_native.__file__).parent / LIBRARY_NAME
+BUILT = Path(native.__file__).parents[1] / LIBRARY_NAME
 REMEDY = "pip install --no-deps --force-reinstall ."
 
 
@@ -30,7 +30,7 @@ REMEDY = "pip install --no-deps --force-reinstall ."
 def loader(tmp_path, monkeypatch):
     """A loader with nothing loaded yet that looks for libraries in an empty folder."""
     monkeypatch.delenv("FREEZEOPS_BACKEND", raising=False)
-    spec = importlib.util.spec_from_file_location("fresh_native", _native.__file__)
+    spec = importlib.util.spec_from_file_location("fresh_native", native.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "fresh_native", module)
     spec.loader.exec_module(module)
@@ -148,7 +148,7 @@ def run_python(code, **environment):
     """Runs code in a new interpreter from the folder that holds the package and returns what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(_native.__file__).parents[1],
+        cwd=Path(native.__file__).parents[2],
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         capture_output=True,
         encoding="utf-8",
@@ -169,11 +169,11 @@ import warnings
 from pathlib import Path
 warnings.simplefilter("error", UserWarning)
 os.environ["FREEZEOPS_BACKEND"] = "reference"
-from freezeops import _native  # which loads nothing now
+from freezeops.ops import native  # which loads nothing now
 del os.environ["FREEZEOPS_BACKEND"]
-_native._DIRECTORY = Path({str(tmp_path)!r})
-assert hasattr(_native.op_library(), "freezeops_mask_gradient")
-print([(report.path.name, report.loaded) for report in _native.diagnosis().libraries])
+native._DIRECTORY = Path({str(tmp_path)!r})
+assert hasattr(native.op_library(), "freezeops_mask_gradient")
+print([(report.path.name, report.loaded) for report in native.diagnosis().libraries])
 """
     printed = run_python(code, FREEZEOPS_BACKEND="")
     assert f"[('libfreezeops_tf1_99.so', False), ('{LIBRARY_NAME}', True)]" in printed
@@ -188,10 +188,10 @@ def test_truncated_library_is_refused(tmp_path, half):
 import os
 from pathlib import Path
 os.environ["FREEZEOPS_BACKEND"] = "reference"
-from freezeops import _native  # which loads nothing now
+from freezeops.ops import native  # which loads nothing now
 del os.environ["FREEZEOPS_BACKEND"]
-_native._DIRECTORY = Path({str(tmp_path)!r})
-print(_native.op_library())
+native._DIRECTORY = Path({str(tmp_path)!r})
+print(native.op_library())
 """
     assert run_python(code, FREEZEOPS_BACKEND="", PYTHONWARNINGS="ignore").strip().endswith("None")
 
@@ -201,7 +201,7 @@ def test_import_registers_the_ops_and_starts_no_device():
     code = """
 import tensorflow as tf
 import freezeops
-print(freezeops._native._loaded.used.loaded)
+print(freezeops.ops.native._loaded.used.loaded)
 cpu = tf.config.list_physical_devices("CPU")[0]
 # Only before TensorFlow has started its devices.
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -257,7 +257,7 @@ for folder in {list(expected)}:
 @needs_library
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_instruction_set_can_be_lowered(isa):
-    code = "from freezeops import _native; print('isa', _native.diagnosis().isa)"
+    code = "from freezeops.ops import native; print('isa', native.diagnosis().isa)"
     chosen = run_python(code, FREEZEOPS_BACKEND="", FREEZEOPS_ISA=isa).split()[-1]
     order = ["generic", "avx2", "avx512"]
     assert order.index(chosen) <= order.index(isa)
@@ -269,7 +269,7 @@ def test_python_dash_m_prints_the_diagnosis(backend):
     with_width = {"COLUMNS": "160", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(_native.__file__).parents[1],
+        cwd=Path(native.__file__).parents[2],
         env={**os.environ, "FREEZEOPS_BACKEND": backend, **with_width},
         capture_output=True,
         encoding="utf-8",

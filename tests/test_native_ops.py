@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 from common import assert_same_bits
 
-from freezeops import _native, reference
+from freezeops.ops import native, reference
 
-library = _native.op_library()
+library = native.op_library()
 pytestmark = pytest.mark.skipif(library is None, reason="no native library for this TensorFlow")
 
 LAYOUT = [1, 12, 1]

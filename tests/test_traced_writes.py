@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import freezeops as fz
-from freezeops import traced_writes
+from freezeops.step import traced_writes
 
 X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 2)).astype("float32")

@@ -8,10 +8,11 @@ from common import assert_same_bits, in_mode
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from freezeops import _native, ops, reference
-from freezeops.layout import Layout
+from freezeops import ops
+from freezeops.masks.layout import Layout
+from freezeops.ops import native, reference
 
-pytestmark = pytest.mark.skipif(_native.op_library() is None, reason="no native library for this TensorFlow")
+pytestmark = pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -221,8 +222,8 @@ def test_under_xla(layout, dtype):
 
         outputs = in_mode(step, "jit" if jit else "function")(tf.constant(gradient), tf.constant(new))
         results.append([output.numpy() for output in outputs] + [variable.numpy()])
-    for native, twin, plain in zip(*results, strict=True):
-        assert_same_bits(native, plain, "native under XLA")
+    for compiled, twin, plain in zip(*results, strict=True):
+        assert_same_bits(compiled, plain, "native under XLA")
         assert_same_bits(twin, plain, "twin under XLA")
 
 
@@ -258,8 +259,8 @@ def test_shapes_under_xla(shape, layout, dtype):
 
         output = in_mode(step, "jit" if jit else "function")(gradient, new)
         results.append((output.numpy(), variable.numpy()))
-    for native, twin in zip(*results, strict=True):
-        assert_same_bits(native, twin)
+    for compiled, twin in zip(*results, strict=True):
+        assert_same_bits(compiled, twin)
 
 
 @pytest.mark.parametrize("mode", ["eager", "function", "jit", "jit, materialized"])
@@ -443,8 +444,8 @@ def test_compact_under_xla(shape, inner, density, dtype):
 
         outputs = in_mode(step, "jit" if jit else "function")(new)
         results.append([output.numpy() for output in outputs] + [variable.numpy()])
-    for native, twin, plain in zip(*results, strict=True):
-        for actual, message in ((native, "native under XLA"), (twin, "twin under XLA")):
+    for compiled, twin, plain in zip(*results, strict=True):
+        for actual, message in ((compiled, "native under XLA"), (twin, "twin under XLA")):
             if plain.dtype == np.int64:
                 np.testing.assert_array_equal(actual, plain, message)
             else:

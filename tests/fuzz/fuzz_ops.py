@@ -30,9 +30,10 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from freezeops import _native, ops, reference, reference_updates
-from freezeops.layout import Layout
-from freezeops.reference_updates import FusedVariable
+from freezeops import ops
+from freezeops.masks.layout import Layout
+from freezeops.ops import native, reference, reference_updates
+from freezeops.ops.reference_updates import FusedVariable
 
 DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)]
 MODES = {"eager": 0.6, "graph": 0.25, "xla": 0.15}
@@ -454,7 +455,7 @@ def given(inputs: dict[str, Any], hidden: bool) -> dict[str, Any]:
 
 def run(call: Call, mode: str, hidden: bool) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Runs it. Returns the op's results and what was given to it."""
-    library = _native.op_library()
+    library = native.op_library()
     inputs = given(call.inputs, hidden)
     tensors = [
         (name, number)
@@ -615,8 +616,8 @@ def main() -> int:
     if options.library is not None:
         os.environ.pop("FREEZEOPS_BACKEND", None)
         library = tf.load_op_library(str(options.library))
-        _native.op_library = lambda: library
-    assert ops.backend() == "auto" and _native.op_library() is not None, "no native library for this TensorFlow"
+        native.op_library = lambda: library
+    assert ops.backend() == "auto" and native.op_library() is not None, "no native library for this TensorFlow"
     begin = time.monotonic()
     ends = fuzz(options.calls, options.seed, options.first, options.log)
     for op in OPS:

@@ -19,12 +19,13 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from freezeops import checkedfile, naming, ops
-from freezeops import layout as layouts
-from freezeops.layout import Layout, Shape
-from freezeops.mask import Mask
+from freezeops import ops
+from freezeops.masks import layout as layouts
+from freezeops.masks.layout import Layout, Shape
+from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.naming import Named
+from freezeops.storage import checkedfile, saved_names
+from freezeops.storage.saved_names import Named
 
 POLARITY = "1 = trainable"
 BIT_ORDER = "little"
@@ -358,7 +359,7 @@ def find(
     own_paths: Sequence[Named] = [*own, *((path, None) for path in others)]
     if any(isinstance(mask, RawMask) and not mask.slashes for mask in stored.masks):
         paths, own_paths = _without_slashes(named), _without_slashes(own_paths)
-    pairs = naming.pair(paths, own_paths)
+    pairs = saved_names.pair(paths, own_paths)
     found: dict[int, StoredMask] = {}
     problems = []
     for mask in stored.masks:
@@ -367,7 +368,7 @@ def find(
         needed = mask.freezes or strict
         if position is None and number is not None and needed and not pairs.candidates.get(number):
             # The same name and another shape?
-            position = naming.pair([(name, None) for name, _ in paths], own_paths).found.get(number)
+            position = saved_names.pair([(name, None) for name, _ in paths], own_paths).found.get(number)
         if position is not None and position >= len(own):
             if passed is not None and mask.freezes:
                 passed.append(mask.name)
@@ -400,7 +401,7 @@ def _told_apart(found: dict[int, StoredMask], own: Sequence[Named], problems: li
     """Leaves out masks of variables that share a path and a shape, and differ: nothing says which is which."""
     groups: dict[Named, list[int]] = {}
     for position, (name, shape) in enumerate(own):
-        groups.setdefault((naming.path_of(name), shape), []).append(position)
+        groups.setdefault((saved_names.path_of(name), shape), []).append(position)
     result = dict(found)
     for (path, _), positions in groups.items():
         stored = [found[position] for position in positions if position in found]

@@ -13,12 +13,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import ops, partition, reference, transforms
-from freezeops.keras_internals import Variable, components, replica_number, variable_path
-from freezeops.layout import Layout, elementwise
-from freezeops.mask import Mask
+from freezeops import ops, transforms
+from freezeops.keras_compat.keras_internals import Variable, components, replica_number, variable_path
+from freezeops.masks.layout import Layout, elementwise
+from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.partition import MaskedPartition, Plan, fit
+from freezeops.ops import reference
+from freezeops.partitions import partition
+from freezeops.partitions.partition import MaskedPartition, Plan, fit
 
 Capacity: TypeAlias = int | float
 """Trainable entries that there is room for: a number of entries (`int`) or a share of them (`float`)."""

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from freezeops import keras_internals, ops
-from freezeops.compact import CompactPartition
-from freezeops.keras_internals import Variable
-from freezeops.layout import Layout
-from freezeops.partition import MaskedPartition, Partition, UnmaskedPartition
-from freezeops.slots import Slot
+from freezeops import ops
+from freezeops.keras_compat import keras_internals
+from freezeops.keras_compat.keras_internals import Variable
+from freezeops.masks.layout import Layout
+from freezeops.partitions.compact import CompactPartition
+from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
+from freezeops.slots.catalogue import Slot
+from freezeops.slots.unfreezing import Seeding, VariableSlots
 from freezeops.transforms import Gradient
-from freezeops.unfreezing import Seeding, VariableSlots
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
-from freezeops import rules_config
-from freezeops.checkpoints import old_masks
-from freezeops.layout import Layout
-from freezeops.rules import Loaded
-from freezeops.stored import RawMask, Stored
+from freezeops.files.checkpoints import old_masks
+from freezeops.masks.layout import Layout
+from freezeops.registry import rules_config
+from freezeops.registry.rules import Loaded
+from freezeops.storage.stored import RawMask, Stored
 
 _WEIGHTS = "model.weights.h5"
 _CONFIG = "config.json"

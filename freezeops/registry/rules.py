@@ -15,17 +15,17 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from freezeops.keras_internals import (
+from freezeops.keras_compat.keras_internals import (
     Variable,
     is_variable,
     variable_key,
     variable_path,
 )
-from freezeops.layout import Layout, Shape
-from freezeops.mask import Mask, as_array, check_broadcast, check_indices, check_not_flags
+from freezeops.masks.layout import Layout, Shape
+from freezeops.masks.mask import Mask, as_array, check_broadcast, check_indices, check_not_flags
 from freezeops.messages import short
-from freezeops.naming import Named, unique
-from freezeops.stored import Stored, find
+from freezeops.storage.saved_names import Named, unique
+from freezeops.storage.stored import Stored, find
 
 Action = Literal["register_mask", "freeze", "unfreeze", "train_only"]
 

@@ -26,7 +26,8 @@ from typing import Any
 
 from freezeops._version import __version__
 
-_DIRECTORY = Path(__file__).resolve().parent
+# The package's own folder, where the build installs the libraries.
+_DIRECTORY = Path(__file__).resolve().parents[1]
 _LIBRARY_NAME = re.compile(r"libfreezeops_tf(\d+)_(\d+)\.so")
 _REMEDY = "pip install --no-deps --force-reinstall ."
 

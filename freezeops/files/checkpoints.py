@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from freezeops.keras_internals import Variable, tf_variable
-from freezeops.stored import RawMask, Stored
+from freezeops.keras_compat.keras_internals import Variable, tf_variable
+from freezeops.storage.stored import RawMask, Stored
 
 _OLD = re.compile(r"(?:unseeded )?\d+(?: offsets| indices)?")
 _KEY = "stored"

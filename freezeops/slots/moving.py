@@ -6,15 +6,16 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from freezeops import keras_internals, ops
-from freezeops.compact import CompactPartition, inner_shape
-from freezeops.keras_internals import SlotRecord, Variable
-from freezeops.layout import Layout
-from freezeops.mask import Mask
-from freezeops.partition import MaskedPartition
-from freezeops.slots import Slot
-from freezeops.stored import StoredMask
-from freezeops.unfreezing import Policy, VariableSlots
+from freezeops import ops
+from freezeops.keras_compat import keras_internals
+from freezeops.keras_compat.keras_internals import SlotRecord, Variable
+from freezeops.masks.layout import Layout
+from freezeops.masks.mask import Mask
+from freezeops.partitions.compact import CompactPartition, inner_shape
+from freezeops.partitions.partition import MaskedPartition
+from freezeops.slots.catalogue import Slot
+from freezeops.slots.unfreezing import Policy, VariableSlots
+from freezeops.storage.stored import StoredMask
 
 
 class EntryState(NamedTuple):

@@ -15,9 +15,9 @@ from types import ModuleType
 import numpy as np
 import tensorflow as tf
 
-from freezeops import _native, reference, reference_updates
-from freezeops.layout import Layout
-from freezeops.reference_updates import FusedVariable
+from freezeops.masks.layout import Layout
+from freezeops.ops import native, reference, reference_updates
+from freezeops.ops.reference_updates import FusedVariable
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
@@ -55,24 +55,24 @@ def _reason_for_reference() -> str | None:
     """Why the twins run, or None if the native ops do."""
     if backend() == "reference":
         return "FREEZEOPS_BACKEND=reference"
-    if _native.op_library() is None:
+    if native.op_library() is None:
         return "no library for the running TensorFlow"
     if tf.config.list_logical_devices("GPU"):
-        if not _native.has_cuda():
+        if not native.has_cuda():
             return "a GPU is visible and the library has no CUDA kernels"
         return _too_old_for_cuda()
     return None
 
 
-_too_old: dict[_native.CudaKernels, str | None] = {}
+_too_old: dict[native.CudaKernels, str | None] = {}
 
 
 def _too_old_for_cuda() -> str | None:
     """Why the CUDA kernels cannot run on the GPUs here, or None if they can. Warns the first time that they cannot."""
-    kernels = _native.cuda_kernels()
+    kernels = native.cuda_kernels()
     assert kernels is not None
     if kernels not in _too_old:
-        _too_old[kernels] = problem = gpu_problem(kernels, _native.gpus())
+        _too_old[kernels] = problem = gpu_problem(kernels, native.gpus())
         if problem:
             warnings.warn(
                 f"freezeops has CUDA kernels that cannot run here and uses the slower reference ops, with the same "
@@ -84,7 +84,7 @@ def _too_old_for_cuda() -> str | None:
     return _too_old[kernels]
 
 
-def gpu_problem(kernels: _native.CudaKernels, gpus: Sequence[_native.Gpu]) -> str | None:
+def gpu_problem(kernels: native.CudaKernels, gpus: Sequence[native.Gpu]) -> str | None:
     """Why kernels cannot run on GPUs, with the remedy, or None if they can.
 
     Asked before the first launch, which would fail.
@@ -130,11 +130,11 @@ def _library(dtype: tf.DType = tf.float32) -> ModuleType | None:
     # Gradients may be of another dtype than any variable: integers, booleans.
     if dtype.name not in FLOAT_DTYPES or _reason_for_reference():
         return None
-    return _native.op_library()
+    return native.op_library()
 
 
 def _host() -> ModuleType | None:
-    return None if backend() == "reference" else _native.host_module()
+    return None if backend() == "reference" else native.host_module()
 
 
 def paths() -> dict[str, str]:

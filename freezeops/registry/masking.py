@@ -8,15 +8,19 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from freezeops import keras_internals, layout, naming, partition, report, rules, rules_config
-from freezeops.keras_internals import Variable, variable_path
-from freezeops.mask import Mask
+from freezeops.keras_compat import keras_internals
+from freezeops.keras_compat.keras_internals import Variable, variable_path
+from freezeops.masks import layout
+from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.notices import warn
-from freezeops.partition import MaskedPartition, Partition
-from freezeops.rules import Loaded, Rule
-from freezeops.stored import Stored, StoredMask, find, refusal
-from freezeops.traced_writes import TracedWrites, guarded
+from freezeops.partitions import partition
+from freezeops.partitions.partition import MaskedPartition, Partition
+from freezeops.registry import report, rules, rules_config
+from freezeops.registry.rules import Loaded, Rule
+from freezeops.step.traced_writes import TracedWrites, guarded
+from freezeops.storage import saved_names
+from freezeops.storage.stored import Stored, StoredMask, find, refusal
 from freezeops.transforms import Gradient
 
 INNER_ARGUMENTS = (
@@ -657,7 +661,7 @@ class Masking:
         """Way and layout of each variable from the config that this was made from, if any."""
         found: list[dict[str, Any] | None] = [None] * len(index.paths)
         saved = list(self._state.saved.items())
-        for i, position in naming.pair([(name, None) for name, _ in saved], index.named).found.items():
+        for i, position in saved_names.pair([(name, None) for name, _ in saved], index.named).found.items():
             found[position] = saved[i][1]
         return found
 
@@ -681,7 +685,7 @@ class Masking:
         partitions = dict(self._state.saved)
         config_rules = self._state.rules
         if self._state.built:
-            names = naming.unique(self._state.index.paths)
+            names = saved_names.unique(self._state.index.paths)
             partitions = {name: part.get_config() for name, part in zip(names, self._state.partitions, strict=True)}
             config_rules = [Loaded(self._stored(), by_call=True)] if self._state.stated else []
         return {

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from freezeops import checkedfile, mask_sources
-from freezeops.layout import Layout
-from freezeops.mask import Mask
-from freezeops.masking import masked_optimizer
+from freezeops.files import mask_sources
+from freezeops.masks.layout import Layout
+from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.stored import BIT_ORDER, POLARITY, Stored, StoredMask, take_mask
+from freezeops.registry.masking import masked_optimizer
+from freezeops.storage import checkedfile
+from freezeops.storage.stored import BIT_ORDER, POLARITY, Stored, StoredMask, take_mask
 
 _KIND = checkedfile.Kind(b"freezeops masks\n", 1, "mask file", "save_masks")
 

@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from freezeops.keras_internals import Untracked, is_multi_optimizer, weights_being_loaded, wrapped_optimizers
+from freezeops.keras_compat.keras_internals import (
+    Untracked,
+    is_multi_optimizer,
+    weights_being_loaded,
+    wrapped_optimizers,
+)
 from freezeops.messages import short
 from freezeops.notices import warn
 

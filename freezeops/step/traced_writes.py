@@ -12,11 +12,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from freezeops import keras_internals
-from freezeops.keras_internals import Variable, variable_key
+from freezeops.keras_compat import keras_internals
+from freezeops.keras_compat.keras_internals import Variable, variable_key
 from freezeops.notices import warn
-from freezeops.partition import Partition
-from freezeops.rules import Rule
+from freezeops.partitions.partition import Partition
+from freezeops.registry.rules import Rule
 
 
 class _Trace:

@@ -12,11 +12,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import keras_internals, layout, ops
-from freezeops.keras_internals import Variable
-from freezeops.layout import Layout
-from freezeops.mask import Mask
-from freezeops.slots import Slot
+from freezeops import ops
+from freezeops.keras_compat import keras_internals
+from freezeops.keras_compat.keras_internals import Variable
+from freezeops.masks import layout
+from freezeops.masks.layout import Layout
+from freezeops.masks.mask import Mask
+from freezeops.slots.catalogue import Slot
 
 Policy = Literal["seed", "zero", "keep"]
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from freezeops.layout import Layout
-from freezeops.mask import Mask
+from freezeops.masks.layout import Layout
+from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.naming import Named
-from freezeops.rules import LEFT_OUT, ExactPath, Loaded, Rule
-from freezeops.stored import RawMask, Stored, StoredMask
+from freezeops.registry.rules import LEFT_OUT, ExactPath, Loaded, Rule
+from freezeops.storage.saved_names import Named
+from freezeops.storage.stored import RawMask, Stored, StoredMask
 
 LIMIT = 1 << 20
 """How many bytes of compressed masks a config holds."""

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from freezeops import checkedfile, naming, ops
+from freezeops import ops
 from freezeops.messages import short
+from freezeops.storage import checkedfile, saved_names
 
 _KIND = checkedfile.Kind(b"freezeops delta\n", 1, "delta file", "export_delta")
 
@@ -233,7 +234,7 @@ def _matched(weights: Mapping[str, keras.Variable], other: Mapping[str, Any], wh
     Raises:
         ValueError: Unless paths (but for Keras's counters), shapes and dtypes agree.
     """
-    positions = naming.match(list(other), list(weights))
+    positions = saved_names.match(list(other), list(weights))
     if positions is None:
         raise ValueError(
             f"The {what} must have the weights of the model. Received: {short(sorted(other.keys() - weights.keys()))} "

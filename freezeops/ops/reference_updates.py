@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from freezeops import reference
-from freezeops.layout import Layout
+from freezeops.masks.layout import Layout
+from freezeops.ops import reference
 
 
 class FusedVariable(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from freezeops.layout import Layout
+from freezeops.masks.layout import Layout
 
 
 def integers_like(dtype: tf.DType) -> tf.DType:

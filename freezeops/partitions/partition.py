@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 import keras
 import tensorflow as tf
 
-from freezeops import layout as layouts
 from freezeops import ops, transforms
-from freezeops.keras_internals import Variable, components, dtype_name, tf_variable, variable_path
-from freezeops.layout import Layout
-from freezeops.mask import Mask
+from freezeops.keras_compat.keras_internals import Variable, components, dtype_name, tf_variable, variable_path
+from freezeops.masks import layout as layouts
+from freezeops.masks.layout import Layout
+from freezeops.masks.mask import Mask
 
 Way = Literal["full", "compact", "permanent", "unmasked"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from freezeops import keras_internals
+from freezeops.keras_compat import keras_internals
 
 
 class InnerOption:

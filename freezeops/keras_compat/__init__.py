@@ -1,0 +1,1 @@
+"""Everything private of Keras and TensorFlow, and only here."""

@@ -1,0 +1,1 @@
+"""Masks of single tensors: which bit governs which entry, and the bits. Knows neither TensorFlow nor Keras."""

@@ -1,0 +1,1 @@
+"""How one variable is split between frozen and trainable entries."""

@@ -1,0 +1,1 @@
+"""The calls of users, and the masks that they come to."""

@@ -1,0 +1,1 @@
+"""How masks are written as bytes, with a checksum, and how saved names find variables again."""
