@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops.files.checkpoints import MaskStore
-from freezeops.keras_compat import keras_internals
-from freezeops.keras_compat.keras_internals import Variable
+from freezeops.keras_compat.known import replaced_methods
 from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.keras_compat.variables import Variable, check_strategy, state_variable, variable_key, variable_path
 from freezeops.messages import short
 from freezeops.partitions.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
 from freezeops.registry import masking, rules
@@ -88,7 +88,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
     ):
         _check_inner(inner_optimizer)
         masking.check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
-        keras_internals.check_strategy(tf.distribute.get_strategy())
+        check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` there is another base.
         tf_keras.optimizers.Optimizer.__init__(self, name or "MaskedOptimizer", weight_decay=None, jit_compile=False)
         self._inner_optimizer = inner_optimizer
@@ -133,7 +133,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         """
         if self._state.built:
             return
-        keras_internals.check_strategy(tf.distribute.get_strategy())
+        check_strategy(tf.distribute.get_strategy())
         index = rules.VariableIndex(list(var_list))
         base = _base_optimizer(self.inner_optimizer)
         inner_built = getattr(base, "_built", False)
@@ -164,9 +164,9 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         if plan.way == "unmasked":
             return UnmaskedPartition(variable, plan.reason)
         assert plan.layout is not None and plan.mask is not None
-        path = keras_internals.variable_path(variable).replace("/", "_")
+        path = variable_path(variable).replace("/", "_")
         with tf.distribute.get_strategy().extended.colocate_vars_with(variable):
-            bits = keras_internals.state_variable(plan.mask.packed, f"{self.name}_{path}_mask")
+            bits = state_variable(plan.mask.packed, f"{self.name}_{path}_mask")
         self._masks.add(str(position), bits)
         return FullPartition(variable, plan.layout, bits)
 
@@ -254,7 +254,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
             pairs: The gradients and variables that it is given.
         """
         if not all(
-            type(part).__module__.startswith("tf_keras.") and not keras_internals.replaced_methods(part)
+            type(part).__module__.startswith("tf_keras.") and not replaced_methods(part)
             for part in _wrapped_optimizers(self.inner_optimizer)
         ):
             return self._state.partitions  # a user's own may write whatever it was built with
@@ -270,12 +270,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
     @tf.autograph.experimental.do_not_convert
     def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
         """Lets the inner optimizer finalize (EMA), without a change to frozen entries."""
-        permanent = {
-            keras_internals.variable_key(part.variable)
-            for part in self._state.partitions
-            if part.inner_variable is None
-        }
-        inner = [variable for variable in var_list if keras_internals.variable_key(variable) not in permanent]
+        permanent = {variable_key(part.variable) for part in self._state.partitions if part.inner_variable is None}
+        inner = [variable for variable in var_list if variable_key(variable) not in permanent]
         with self._frozen_entries():
             self.inner_optimizer.finalize_variable_values(inner)
 
@@ -438,11 +434,7 @@ def _check_inner(inner_optimizer: Any) -> None:
 
 
 def _check_knows(base: Any, variables: Sequence[tf.Variable]) -> None:
-    unknown = [
-        keras_internals.variable_path(variable)
-        for variable in variables
-        if base._var_key(variable) not in base._index_dict
-    ]
+    unknown = [variable_path(variable) for variable in variables if base._var_key(variable) not in base._index_dict]
     if unknown:
         raise ValueError(
             "`inner_optimizer` must not be built yet, or be built with the variables that are trained. Received: an "

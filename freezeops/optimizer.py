@@ -14,9 +14,36 @@ import tensorflow as tf
 
 from freezeops import ops
 from freezeops.files.checkpoints import MaskStore
-from freezeops.keras_compat import keras_internals, stored_state
-from freezeops.keras_compat.keras_internals import SlotRecord, Variable
+from freezeops.keras_compat import stored_state
+from freezeops.keras_compat.known import writes_only_given, writes_only_rows_with_gradients
+from freezeops.keras_compat.loading import paths_of_model
 from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.keras_compat.patches import guard_swaps, loss_scaler_that_builds, mask_before_loss_scaling
+from freezeops.keras_compat.variables import (
+    Variable,
+    check_strategy,
+    empty_variable,
+    numpy_of,
+    reshape_variable,
+    shape_now,
+    stand_in,
+    state_variable,
+    tf_variable,
+    variable_path,
+)
+from freezeops.keras_compat.wrapped import (
+    SlotRecord,
+    accumulators,
+    average_slots,
+    base_optimizers,
+    build_without_slots,
+    hide_trained_variables,
+    recording_slots,
+    replace_variable,
+    step_count,
+    step_counter,
+    wrapped_optimizers,
+)
 from freezeops.masks import layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
@@ -181,11 +208,11 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         **kwargs: Any,
     ):
         _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, fused, kwargs)
-        keras_internals.check_strategy(tf.distribute.get_strategy())
+        check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
-        for part in keras_internals.wrapped_optimizers(inner_optimizer):
+        for part in wrapped_optimizers(inner_optimizer):
             stored_state.store_once_and_check(part)
         stored_state.store_scalers_around(MaskedOptimizer)
         self.state = state
@@ -205,7 +232,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
     def _after_change(self, positions: set[int]) -> None:
         # What was accumulated for an entry that is frozen now must neither be applied
         # nor count in a norm.
-        for variable, accumulator in keras_internals.accumulators(self.inner_optimizer):
+        for variable, accumulator in accumulators(self.inner_optimizer):
             if self._state.index.find_position(variable) in positions:
                 self._partition(variable).clear_accumulator(accumulator)
         for part, average in self._averages():
@@ -218,7 +245,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
     def _averages(self) -> Iterator[tuple[Partition, Variable]]:
         """The slots of moving averages, each with the partition of its variable."""
-        for variable, average in keras_internals.average_slots(self.inner_optimizer):
+        for variable, average in average_slots(self.inner_optimizer):
             # The inner optimizer may have been built with more variables.
             if (position := self._state.index.find_position(variable)) is not None:
                 yield self._state.partitions[position], average
@@ -252,7 +279,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         positions = {
             id(record.slot): position for position, records in self._state.records.items() for record in records
         }
-        for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
+        for part in wrapped_optimizers(self.inner_optimizer):
             yield part, stored_state.names_of(part, self._state.index.paths, positions)
 
     # Building.
@@ -267,8 +294,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             ValueError: If a rule matches nothing or does not fit; nothing was
                 created then.
         """
-        if scaler := keras_internals.loss_scaler_that_builds(self):
-            keras_internals.mask_before_loss_scaling(scaler, self._mask_for_scaler)
+        if scaler := loss_scaler_that_builds(self):
+            mask_before_loss_scaling(scaler, self._mask_for_scaler)
         variables = list(variables)
         if not self.built and variables:  # a model from an .h5 file builds its optimizer with no variables first
             self._build(variables)
@@ -277,7 +304,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                 stored_state.assign_waiting(scaler)
 
     def _build(self, variables: list[Variable]) -> None:
-        keras_internals.check_strategy(tf.distribute.get_strategy())
+        check_strategy(tf.distribute.get_strategy())
         index = rules.VariableIndex(variables)
         planned = self._plan(index, self.inner_optimizer.built)
         planned.changes.warn()
@@ -307,10 +334,10 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             self._state.records, self._state.seedings, self._state.updates = {}, {}, {}
             self._masks.clear()
             raise
-        keras_internals.build_without_slots(self, variables)
+        build_without_slots(self, variables)
         self._state.built = True
         self._keep_planned(planned)
-        keras_internals.guard_swaps(_guard_of)
+        guard_swaps(_guard_of)
         if self._is_waiting(planned):
             with tf.init_scope():
                 self._assign_waiting(planned)
@@ -318,7 +345,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
     def _is_waiting(self, planned: masking.Planned) -> bool:
         """Whether something was loaded before the build."""
-        parts = keras_internals.wrapped_optimizers(self.inner_optimizer)
+        parts = wrapped_optimizers(self.inner_optimizer)
         return bool(planned.loaded) or any(map(stored_state.is_waiting, parts))
 
     def _assign_waiting(self, planned: masking.Planned) -> None:
@@ -331,7 +358,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         """
         loads = [rule.stored for rule in self._state.rules if isinstance(rule, Loaded) and rule.stored.slots]
         load = self._new_load(loads[-1] if loads else Stored(), False)
-        for part in keras_internals.wrapped_optimizers(self.inner_optimizer):
+        for part in wrapped_optimizers(self.inner_optimizer):
             stored_state.assign_waiting(part, load)
         for position, waiting in planned.changes.waiting.items():
             self._set_waiting(position, waiting)
@@ -346,7 +373,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             return
         if isinstance(part, CompactPartition):
             optimizer, _ = self._states_of(position)
-            if optimizer is not None and keras_internals.step_count(optimizer):
+            if optimizer is not None and step_count(optimizer):
                 waiting = self._waiting(position)
                 self._set_waiting(position, newly if waiting is None else waiting | newly)
         elif isinstance(part, FullPartition):
@@ -361,13 +388,13 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         if self.inner_optimizer.built:
             return
         inner_variables = [part.inner_variable for part in self._state.partitions]
-        with keras_internals.recording_slots(self.inner_optimizer) as records:
+        with recording_slots(self.inner_optimizer) as records:
             # Not under Keras's `no_automatic_dependency_tracking`, as its own wrapper builds: Nadam's and
             # Adafactor's state would not be tracked and not be saved.
             self.inner_optimizer.build([variable for variable in inner_variables if variable is not None])
         self._keep_records(records)
         if self.state == "compact":
-            keras_internals.hide_trained_variables(self.inner_optimizer)
+            hide_trained_variables(self.inner_optimizer)
 
     def _mask_for_scaler(
         self, gradients: Sequence[Gradient | None], variables: Sequence[Variable] | None
@@ -389,7 +416,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
     def _make_compact(self, variable: Variable, plan: partition.Plan, position: int) -> CompactPartition:
         assert plan.layout is not None and plan.mask is not None
         bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
-        packed = keras_internals.numpy_of(bits)  # where there are several workers: the chief's
+        packed = numpy_of(bits)  # where there are several workers: the chief's
         room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
         offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
         if plan.pending:
@@ -401,20 +428,20 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             self._make_state(variable, indices, "indices", f"{position} indices"),
         )
         with self._beside(variable):
-            inner = keras_internals.stand_in(variable, compact.inner_shape(variable, plan.layout, room))
+            inner = stand_in(variable, compact.inner_shape(variable, plan.layout, room))
         part = CompactPartition(variable, index, inner, plan.pending)
         if not plan.pending:
             part.remember()
         return part
 
     def _beside(self, variable: Variable) -> AbstractContextManager:
-        return self._distribution_strategy.extended.colocate_vars_with(keras_internals.tf_variable(variable))
+        return self._distribution_strategy.extended.colocate_vars_with(tf_variable(variable))
 
     def _make_state(self, variable: Variable, values: np.ndarray, what: str, key: str) -> keras.Variable:
         """A variable of integers beside one of the model's."""
         with keras.name_scope(self.name), self._beside(variable):
-            path = keras_internals.variable_path(variable).replace("/", "_")
-            state = keras_internals.state_variable(values, f"{path}_{what}")
+            path = variable_path(variable).replace("/", "_")
+            state = state_variable(values, f"{path}_{what}")
         self._masks.add(key, state)
         return state
 
@@ -461,7 +488,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             self._state.records.setdefault(position, []).append(record)
         recorded = {id(record.slot) for record in records}
         shapes = {tuple(p.inner_variable.shape) for p in self._state.partitions if isinstance(p, CompactPartition)}
-        for base in keras_internals.base_optimizers(self.inner_optimizer):
+        for base in base_optimizers(self.inner_optimizer):
             for variable in base.variables:
                 if id(variable) not in recorded and tuple(variable.shape) in shapes:
                     raise ValueError(
@@ -475,7 +502,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         Args:
             positions: Of the variables to look at; by default all.
         """
-        for base in keras_internals.base_optimizers(self.inner_optimizer):
+        for base in base_optimizers(self.inner_optimizer):
             seeding = self._state.seedings.setdefault(id(base), Seeding(base))
             for variable, slots in slots_of(base):
                 position = self._state.index.find_position(variable)
@@ -500,7 +527,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
     def _find_fused(self) -> None:
         """Finds out which variables can be updated in one pass."""
         self._state.updates = {}
-        for base in keras_internals.base_optimizers(self.inner_optimizer):
+        for base in base_optimizers(self.inner_optimizer):
             rule = fused.rule_of(base, self.inner_optimizer)
             updates: FusedUpdates | None = None
             if isinstance(rule, fused.Rule):
@@ -636,7 +663,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         elements = layout.elementwise(new.shape)
         waiting = np.zeros(old.size, bool)
         if isinstance(old, CompactPartition):
-            if optimizer is not None and keras_internals.step_count(optimizer):
+            if optimizer is not None and step_count(optimizer):
                 waiting[positions_of(new & ~before, elements)] = True
             entries, everything = positions_of(before, elements), np.arange(old.size)
             if slots is not None and slots.unseeded is not None:
@@ -659,23 +686,23 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         part = self._make_partition(old.variable, plan, position)
         self._state.partitions[position] = part
         assert part.inner_variable is not None and old.inner_variable is not None
-        keras_internals.replace_variable(self.inner_optimizer, old.inner_variable, part.inner_variable)
+        replace_variable(self.inner_optimizer, old.inner_variable, part.inner_variable)
         target = positions_of(new, elements) if isinstance(part, CompactPartition) else None
         shape = tuple(part.inner_variable.shape)
         for state, of_all in zip(states, values, strict=True):
-            keras_internals.reshape_variable(state.slot, packed_into(of_all, target, shape), old.variable)
+            reshape_variable(state.slot, packed_into(of_all, target, shape), old.variable)
         self._find_slots({position})
         self._find_fused()
         slots = self._state.slots.get(position)
         if slots is not None and slots.unseeded is not None:
             slots.unseeded.assign(ops.pack_bits(packed_into(waiting, target, shape)))
         # What was traced before has the old mask: it must not go on with it.
-        keras_internals.empty_variable(old.bits)
+        empty_variable(old.bits)
 
     def _states_of(self, position: int) -> tuple[keras.optimizers.Optimizer | None, list[EntryState]]:
         """The optimizer that trains a variable, and all that it keeps for its entries."""
         records = self._state.records.get(position, [])
-        for base in keras_internals.base_optimizers(self.inner_optimizer):
+        for base in base_optimizers(self.inner_optimizer):
             for variable, slots in slots_of(base):
                 if self._state.index.find_position(variable) == position:
                     return base, entry_states(base, records, slots)
@@ -749,7 +776,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                     pairs.append((gradient, inner))
             if not pairs:
                 # All are frozen for good; the inner optimizer would not count the step.
-                keras_internals.step_counter(self.inner_optimizer).assign_add(1)
+                step_counter(self.inner_optimizer).assign_add(1)
                 return
             fused_alone = steps.keys() - general - remembered.keys()
             written = [part for part in self._written_in_step(with_gradient) if id(part) not in fused_alone]
@@ -791,9 +818,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         if self.state == "full" or tf.executing_eagerly():
             return []
         message = "the masks must be in use still: a function that was traced before `repack` must be traced again"
-        shapes = [
-            keras_internals.shape_now(part.bits) for part in self._masked_partitions() if part.layout.packed_bytes
-        ]
+        shapes = [shape_now(part.bits) for part in self._masked_partitions() if part.layout.packed_bytes]
         if not shapes:
             return []
         # Of all at once: a handful of operations for each variable adds up. And int32, whose minimum is taken where
@@ -808,8 +833,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         Args:
             with_gradient: The partitions, by `id`, whose variables it is given with a gradient.
         """
-        writes_others = not keras_internals.writes_only_given(self.inner_optimizer)
-        averages = any(base.use_ema for base in keras_internals.base_optimizers(self.inner_optimizer))
+        writes_others = not writes_only_given(self.inner_optimizer)
+        averages = any(base.use_ema for base in base_optimizers(self.inner_optimizer))
         return [
             part
             for part in self._state.partitions
@@ -828,7 +853,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             isinstance(gradient, tf.IndexedSlices)
             # Replicas also write the rows of each other's gradients.
             and self._distribution_strategy.num_replicas_in_sync == 1
-            and keras_internals.writes_only_rows_with_gradients(self.inner_optimizer)
+            and writes_only_rows_with_gradients(self.inner_optimizer)
             and part.way == "full"
             and getattr(part.variable, "constraint", None) is None
             # XLA scatters 16-bit floats by way of float32: NaNs change in rows it does not even name.
@@ -853,7 +878,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             _applying_pairs.reset(token)
         # Keras's own returns a counter that stands still where a `LossScaleOptimizer` is inside.
         is_counter = call.result is None or call.result is self.inner_optimizer._iterations
-        return keras_internals.step_counter(self.inner_optimizer) if is_counter else call.result
+        return step_counter(self.inner_optimizer) if is_counter else call.result
 
     @tf.autograph.experimental.do_not_convert
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
@@ -897,7 +922,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
     ) -> None:
         """Excludes variables from the inner optimizer's weight decay; see Keras."""
-        for optimizer in keras_internals.base_optimizers(self.inner_optimizer):
+        for optimizer in base_optimizers(self.inner_optimizer):
             optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     # State.
@@ -940,7 +965,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         found, _ = self._find(Loaded(stored), self._state.index, masking.Changes())
         # Shapes do not count: a slot that does not fit is told from one of no variable.
         own_paths = self._state.index.named
-        others = sorted(keras_internals.paths_of_model(self) - set(self._state.index.paths))
+        others = sorted(paths_of_model(self) - set(self._state.index.paths))
         pairs = saved_names.pair(
             [(name, None) for name, _ in stored.variables], [*own_paths, *((path, None) for path in others)]
         )
@@ -1025,7 +1050,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                 if slots is not None:
                     kept += [state for _, state in slots.resettable if not any(state is each for each in kept)]
                     kept += [slots.unseeded] if slots.unseeded is not None else []
-                values = [(variable, keras_internals.numpy_of(variable)) for variable in kept]
+                values = [(variable, numpy_of(variable)) for variable in kept]
                 undo.append(functools.partial(set_back, part, part.mask, values))
         return [note_back, *undo]
 
@@ -1077,7 +1102,7 @@ def _guard_of(optimizer: Any) -> AbstractContextManager | None:
 
     `None` where nothing in it is a `MaskedOptimizer`.
     """
-    masked = [part for part in keras_internals.wrapped_optimizers(optimizer) if isinstance(part, MaskedOptimizer)]
+    masked = [part for part in wrapped_optimizers(optimizer) if isinstance(part, MaskedOptimizer)]
     return _all_frozen_entries(masked) if masked else None
 
 

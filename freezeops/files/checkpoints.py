@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from freezeops.keras_compat.keras_internals import Variable, tf_variable
+from freezeops.keras_compat.variables import Variable, tf_variable
 from freezeops.storage.stored import RawMask, Stored
 
 _OLD = re.compile(r"(?:unseeded )?\d+(?: offsets| indices)?")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from freezeops.keras_compat import keras_internals
+from freezeops.keras_compat.wrapped import is_multi_optimizer, wrapped_optimizers
 
 
 class InnerOption:
@@ -66,7 +66,7 @@ class InnerOptions:
         return bool({"inner_optimizer", "_inner_optimizer"} & vars(self).keys())
 
     def _inside(self) -> Iterator[Any]:
-        return keras_internals.wrapped_optimizers(self.inner_optimizer)
+        return wrapped_optimizers(self.inner_optimizer)
 
     def _option_owner(self, name: str) -> Any:
         """The optimizer that an option is of.
@@ -75,7 +75,7 @@ class InnerOptions:
             AttributeError: If there are several.
         """
         inside = list(self._inside())
-        if any(map(keras_internals.is_multi_optimizer, inside)):
+        if any(map(is_multi_optimizer, inside)):
             raise AttributeError(
                 f"`{name}` must be read from the parts of a MultiOptimizer, and set on them: "
                 f"`optimizer.inner_optimizer.optimizers[0].{name}`, for example. Received: name={name!r} of a "
@@ -89,8 +89,8 @@ class InnerOptions:
         if name.startswith("_") or "_state" not in vars(self):
             return None
         for part in self._inside():
-            if not keras_internals.is_multi_optimizer(part) and hasattr(part, name):
-                several = any(map(keras_internals.is_multi_optimizer, self._inside()))
+            if not is_multi_optimizer(part) and hasattr(part, name):
+                several = any(map(is_multi_optimizer, self._inside()))
                 return self._option_owner(name) if several else part
         return None
 

@@ -14,12 +14,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from freezeops.keras_compat.keras_internals import (
-    Untracked,
-    is_multi_optimizer,
-    weights_being_loaded,
-    wrapped_optimizers,
-)
+from freezeops.keras_compat.loading import weights_being_loaded
+from freezeops.keras_compat.variables import Untracked
+from freezeops.keras_compat.wrapped import is_multi_optimizer, wrapped_optimizers
 from freezeops.messages import short
 from freezeops.notices import warn
 

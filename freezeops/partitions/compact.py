@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops, transforms
-from freezeops.keras_compat.keras_internals import Variable, components, replica_number, variable_path
+from freezeops.keras_compat.variables import Variable, components, replica_number, variable_path
 from freezeops.masks.layout import Layout, elementwise
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
@@ -203,7 +203,7 @@ class TrainableIndex:
         self.indices.assign(indices)
 
     def component_tensors(self) -> list[IndexTensors]:
-        """Bits, offsets and indices, for each copy that `keras_internals.components` gives."""
+        """Bits, offsets and indices, for each copy that `components` gives."""
         copies = zip(*(components(variable) for variable in self.variables), strict=True)
         return [IndexTensors(*(tf.convert_to_tensor(copy) for copy in of_one)) for of_one in copies]
 

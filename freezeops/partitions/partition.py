@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from freezeops import ops, transforms
-from freezeops.keras_compat.keras_internals import Variable, components, dtype_name, tf_variable, variable_path
+from freezeops.keras_compat.variables import Variable, components, dtype_name, tf_variable, variable_path
 from freezeops.masks import layout as layouts
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask

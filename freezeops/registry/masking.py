@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from freezeops.keras_compat import keras_internals
-from freezeops.keras_compat.keras_internals import Variable, variable_path
+from freezeops.keras_compat.loading import paths_of_model, weights_being_loaded
+from freezeops.keras_compat.variables import Variable, variable_path
+from freezeops.keras_compat.wrapped import wrapped_optimizers
 from freezeops.masks import layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
@@ -506,7 +507,7 @@ class Masking:
     ) -> tuple[dict[int, StoredMask], list[str]]:
         """Which variable each mask of a load is for, and what does not fit."""
         # A variable of the model that is not trained here: its mask must not go to another one.
-        others = sorted(keras_internals.paths_of_model(self) - set(index.paths))
+        others = sorted(paths_of_model(self) - set(index.paths))
         layouts = self._known_layouts(loaded)
         return find(loaded.stored, index.named, layouts, loaded.strict, others, changes.passed)
 
@@ -789,7 +790,7 @@ class Masking:
                 self._load_bare([entries[str(i)] for i in range(len(entries))], False)
         elif entries:
             self._load(entries)
-        elif refused is not None and refused[0] == keras_internals.weights_being_loaded().token:
+        elif refused is not None and refused[0] == weights_being_loaded().token:
             # Keras comes a second time to a part of a `MultiOptimizer` that refused, with nothing.
             raise refused[1]
 
@@ -808,7 +809,7 @@ class Masking:
 
     def _load(self, entries: Mapping[str, np.ndarray]) -> None:
         """Loads what a Keras file holds, of a `MaskedOptimizer` or of a bare optimizer."""
-        file = keras_internals.weights_being_loaded()
+        file = weights_being_loaded()
         self._refused = None
         skip, bare = file.skip_mismatch, all(key.isdigit() for key in entries)
         try:
@@ -853,7 +854,7 @@ class Masking:
         """Whether a load builds the optimizer first, so that what does not fit is known at once."""
         if model is None or not getattr(model, "built", False) or self._waits_to_load(stored):
             return False
-        return any(part is self for part in keras_internals.wrapped_optimizers(model.optimizer))
+        return any(part is self for part in wrapped_optimizers(model.optimizer))
 
     def _build_to_load(self, stored: Stored, skip: bool, model: Any) -> tuple[list[str], dict[int, Mask]]:
         """Builds the optimizer with masks that are loaded.

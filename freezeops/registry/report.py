@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from freezeops.keras_compat.keras_internals import is_variable, variable_path
+from freezeops.keras_compat.variables import is_variable, variable_path
 from freezeops.partitions.partition import Partition
 from freezeops.registry.rules import ExactPath, Loaded, Rule
 

@@ -15,12 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from freezeops.keras_compat.keras_internals import (
-    Variable,
-    is_variable,
-    variable_key,
-    variable_path,
-)
+from freezeops.keras_compat.variables import Variable, is_variable, variable_key, variable_path
 from freezeops.masks.layout import Layout, Shape
 from freezeops.masks.mask import Mask, as_array, check_broadcast, check_indices, check_not_flags
 from freezeops.messages import short

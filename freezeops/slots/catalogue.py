@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import keras
 import tensorflow as tf
 
-from freezeops.keras_compat.keras_internals import Variable, variable_path
+from freezeops.keras_compat.variables import Variable, variable_path
 from freezeops.messages import short
 
 Role = Literal["first_moment", "second_moment", "history", "weight"]

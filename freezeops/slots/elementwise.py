@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import keras
 
-from freezeops.keras_compat.keras_internals import base_optimizers, is_multi_optimizer, wrapped_optimizers
+from freezeops.keras_compat.wrapped import base_optimizers, is_multi_optimizer, wrapped_optimizers
 from freezeops.messages import short
 
 _Class = TypeVar("_Class", bound=type)

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 
 from freezeops import ops
-from freezeops.keras_compat import keras_internals
-from freezeops.keras_compat.keras_internals import SlotRecord, Variable
+from freezeops.keras_compat.variables import Variable, components, numpy_of
+from freezeops.keras_compat.wrapped import SlotRecord, accumulators, average_slots, step_count
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.partitions.compact import CompactPartition, inner_shape
@@ -41,16 +41,16 @@ class EntryState(NamedTuple):
             positions: Along the first axis of that, of the entries in question.
         """
         if self.initializer is None:
-            return keras_internals.numpy_of(variable).reshape(by_position)[positions]
+            return numpy_of(variable).reshape(by_position)[positions]
         return np.asarray(self.initializer((positions.size, *by_position[1:]), dtype=self.slot.dtype))
 
     def numpy(self) -> np.ndarray:
         """The values now."""
-        return keras_internals.numpy_of(self.slot)
+        return numpy_of(self.slot)
 
     def assign(self, values: np.ndarray) -> None:
         """Sets the values in all copies."""
-        for component in keras_internals.components(self.slot):
+        for component in components(self.slot):
             component.assign(values)
 
 
@@ -66,12 +66,12 @@ def entry_states(
         records: The slots that it made for it.
         declared: Those of known role.
     """
-    own_values = {id(average) for _, average in keras_internals.average_slots(optimizer)}
+    own_values = {id(average) for _, average in average_slots(optimizer)}
     own_values |= {id(state) for slot, state in declared if slot.initial is None}
-    accumulators = {id(accumulator) for _, accumulator in keras_internals.accumulators(optimizer)}
+    accumulated = {id(accumulator) for _, accumulator in accumulators(optimizer)}
     return [
         EntryState(
-            slot, None if id(slot) in own_values else keras.initializers.get(initializer), id(slot) in accumulators
+            slot, None if id(slot) in own_values else keras.initializers.get(initializer), id(slot) in accumulated
         )
         for _, slot, initializer in records
     ]
@@ -148,7 +148,7 @@ def fitted_slot(
             return None
         if array.size < theirs.size:
             return None
-        values = unpacked(keras_internals.numpy_of(slot), mine, np.zeros(part.size, array.dtype))
+        values = unpacked(numpy_of(slot), mine, np.zeros(part.size, array.dtype))
         values = unpacked(array, theirs, values)
     else:
         if array.shape != whole:
@@ -213,7 +213,7 @@ class CompactSlots(VariableSlots):
             new: The mask from now on.
             mask_layout: The layout of the mask on the device.
         """
-        steps = keras_internals.step_count(self._optimizer)
+        steps = step_count(self._optimizer)
         before, after = positions_of(old, mask_layout), positions_of(new, mask_layout)
         row_shape = tuple(self.variable.shape[1:])
         by_position = (mask_layout.kept, *row_shape)
@@ -265,6 +265,6 @@ class CompactSlots(VariableSlots):
             mask: The mask as it is.
         """
         left = self._left
-        if left is None or left.mask != mask or left.steps != keras_internals.step_count(self._optimizer):
+        if left is None or left.mask != mask or left.steps != step_count(self._optimizer):
             return None
         return left.positions, left.values

@@ -13,8 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.keras_compat import keras_internals
-from freezeops.keras_compat.keras_internals import Variable
+from freezeops.keras_compat.hooks import StepHook, before_updates
+from freezeops.keras_compat.variables import Variable, component_beside, components, numpy_of, variable_key
+from freezeops.keras_compat.wrapped import step_count
 from freezeops.masks import layout
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
@@ -95,7 +96,7 @@ class VariableSlots:
             new: The mask from now on.
             mask_layout: A layout that holds both.
         """
-        steps = int(keras_internals.step_count(self._optimizer))
+        steps = int(step_count(self._optimizer))
         elements = layout.elementwise(new.shape)
         if self._last is None or self._last.steps != steps or self._last.new != old:
             # The first change since a step, or since a mask was loaded.
@@ -114,9 +115,9 @@ class VariableSlots:
             return  # Before the first step every slot is as in a new optimizer.
         keep = tf.constant((~newly).with_layout(mask_layout).packed)
         for slot, state in self.resettable:
-            for component in keras_internals.components(state):
+            for component in components(state):
                 if slot.initial is None:
-                    own = keras_internals.component_beside(self.variable, state, component)
+                    own = component_beside(self.variable, state, component)
                     initial = tf.reshape(own.read_value(), [self._size])
                 else:
                     initial = tf.fill([self._size], tf.cast(slot.initial(self._optimizer), state.dtype))
@@ -129,7 +130,7 @@ class VariableSlots:
     def waiting(self) -> np.ndarray:
         """Which entries wait to be seeded: booleans of the variable's shape. Only where some can."""
         assert self.unseeded is not None
-        flags = ops.unpack_bits(keras_internals.numpy_of(self.unseeded), self._size)
+        flags = ops.unpack_bits(numpy_of(self.unseeded), self._size)
         return flags.reshape(tuple(self.variable.shape))
 
     @property
@@ -153,7 +154,7 @@ class VariableSlots:
         assert self.unseeded is not None
 
         def beside(variable: Variable) -> tf.Variable:
-            return keras_internals.component_beside(variable, self.variable, component)
+            return component_beside(variable, self.variable, component)
 
         ops.seed_slots(
             beside(self.unseeded),
@@ -178,11 +179,11 @@ class Seeding:
 
     def add(self, variable: Variable, slots: VariableSlots) -> None:
         """Includes a variable, whose `unseeded` is there."""
-        self.slots[keras_internals.variable_key(variable)] = slots
+        self.slots[variable_key(variable)] = slots
 
     def step(self) -> AbstractContextManager:
         """Around a step of the optimizer, or its trace."""
-        return keras_internals.before_updates(self.optimizer, _SeedingStep(self)) if self.slots else nullcontext()
+        return before_updates(self.optimizer, _SeedingStep(self)) if self.slots else nullcontext()
 
     def scales(self, slots: Sequence[Slot]) -> list[tf.Tensor]:
         """The factors of some slots in the step that is made now, float64 scalars."""
@@ -190,7 +191,7 @@ class Seeding:
         return [tf.cast(1.0 if slot.scale is None else slot.scale(self.optimizer, steps), tf.float64) for slot in slots]
 
 
-class _SeedingStep(keras_internals.StepHook):
+class _SeedingStep(StepHook):
     """One step, in which most variables share the factors."""
 
     def __init__(self, seeding: Seeding):
@@ -199,11 +200,11 @@ class _SeedingStep(keras_internals.StepHook):
         self._scales: dict[tuple[tf.Graph | None, tuple[Slot, ...]], list[tf.Tensor]] = {}
 
     def includes(self, variable: Variable) -> bool:
-        return keras_internals.variable_key(variable) in self._seeding.slots
+        return variable_key(variable) in self._seeding.slots
 
     def before_update(self, gradient: Any, variable: tf.Variable) -> None:
         """Seeds the slots of one variable, if it has any that can be."""
-        if slots := self._seeding.slots.get(keras_internals.variable_key(variable)):
+        if slots := self._seeding.slots.get(variable_key(variable)):
             key = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(), tuple(slots.seeded)
             if key not in self._scales:
                 self._scales[key] = self._seeding.scales(slots.seeded)

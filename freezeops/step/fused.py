@@ -17,8 +17,10 @@ import keras
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.keras_compat import keras_internals
-from freezeops.keras_compat.keras_internals import Variable
+from freezeops.keras_compat.hooks import UpdateHook, can_update_together, updating_together
+from freezeops.keras_compat.known import replaced_methods, unknown_wrappers
+from freezeops.keras_compat.variables import Variable, component_beside, device_of, dtype_name, variable_key
+from freezeops.keras_compat.wrapped import wrapped_optimizers
 from freezeops.masks.layout import Layout
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
@@ -92,12 +94,12 @@ def rule_of(optimizer: keras.optimizers.Optimizer, outermost: keras.optimizers.O
     cls = type(optimizer)
     if not any(cls is getattr(keras.optimizers, name) for name in _RULES):
         return f"not one of {', '.join(_RULES)} itself"
-    if unknown := keras_internals.unknown_wrappers(outermost):
+    if unknown := unknown_wrappers(outermost):
         return f"{type(unknown[0]).__name__} around it may write variables"
-    for part in keras_internals.wrapped_optimizers(outermost):
-        if replaced := keras_internals.replaced_methods(part):
+    for part in wrapped_optimizers(outermost):
+        if replaced := replaced_methods(part):
             return f"its `{replaced[0]}` was replaced"
-    if not keras_internals.can_update_together(optimizer):
+    if not can_update_together(optimizer):
         return "this version of Keras updates variables in a way that freezeops does not know"
     if optimizer.use_ema:
         return "a moving average looks at what each step wrote"
@@ -156,7 +158,7 @@ def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.
         optimizer.clipnorm
         or optimizer.global_clipnorm
         or optimizer.gradient_accumulation_steps
-        or any(hasattr(part, "inner_optimizer") for part in keras_internals.wrapped_optimizers(outermost))
+        or any(hasattr(part, "inner_optimizer") for part in wrapped_optimizers(outermost))
     )
 
 
@@ -164,7 +166,7 @@ def reason_against(part: Partition) -> str:
     """Why a variable can't be fused whatever the optimizer; "" where it can."""
     if not isinstance(part, MaskedPartition | UnmaskedPartition):
         return "never updated"
-    if keras_internals.dtype_name(part.variable) not in ops.FLOAT_DTYPES:
+    if dtype_name(part.variable) not in ops.FLOAT_DTYPES:
         return "its dtype"
     if getattr(part.variable, "constraint", None) is not None:
         return "a constraint writes it after the update"
@@ -230,7 +232,7 @@ class FusedUpdates:
             slots: What is known of its slots, if entries of it can be unfrozen.
         """
         seeded = slots if slots is not None and slots.unseeded is not None else None
-        key = keras_internals.variable_key(part.variable)
+        key = variable_key(part.variable)
         self.included[key] = _Included(part, number, self._states(number), seeded)
 
     def _states(self, number: int) -> list[Variable]:
@@ -238,7 +240,7 @@ class FusedUpdates:
 
     def has_slots_of(self, part: Partition) -> bool:
         """Whether the slots of a variable are still those that it was included with."""
-        included = self.included[keras_internals.variable_key(part.variable)]
+        included = self.included[variable_key(part.variable)]
         return all(now is old for now, old in zip(self._states(included.number), included.states, strict=True))
 
     @property
@@ -254,7 +256,7 @@ class FusedUpdates:
         return FusedStep(self, direct=not _looks_at_gradients(self._outermost, self.optimizer))
 
 
-class FusedStep(keras_internals.UpdateHook):
+class FusedStep(UpdateHook):
     """One step of an optimizer, or the trace of one: what it updates in one pass.
 
     Args:
@@ -287,7 +289,7 @@ class FusedStep(keras_internals.UpdateHook):
             A gradient for the optimizer, the variable that it is of, and a snapshot for `put_back`; `None`: nothing is
             to be put back.
         """
-        self._taken.add(keras_internals.variable_key(part.variable))
+        self._taken.add(variable_key(part.variable))
         if isinstance(part, CompactPartition):
             if self._gathers:
                 gradient, snapshot = part.take_and_remember(gradient)
@@ -299,7 +301,7 @@ class FusedStep(keras_internals.UpdateHook):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around the optimizer's `apply`."""
-        with keras_internals.updating_together(self._updates.optimizer, self):
+        with updating_together(self._updates.optimizer, self):
             yield
         # Where replicas wait for each other, one of them updates for all.
         if self._direct and self._taken - self._updated and not tf.distribute.has_strategy():
@@ -310,7 +312,7 @@ class FusedStep(keras_internals.UpdateHook):
             )
 
     def includes(self, variable: Variable) -> bool:  # noqa: D102
-        return keras_internals.variable_key(variable) in self._taken
+        return variable_key(variable) in self._taken
 
     def update(  # noqa: D102
         self,
@@ -318,12 +320,12 @@ class FusedStep(keras_internals.UpdateHook):
         grads_and_vars: Sequence[tuple[Gradient, tf.Variable]],
         learning_rate: Any,
     ) -> None:
-        self._updated |= {keras_internals.variable_key(variable) for _, variable in grads_and_vars}
+        self._updated |= {variable_key(variable) for _, variable in grads_and_vars}
         groups: dict[tuple[str, bool, str], _Group] = {}
         for gradient, variable in grads_and_vars:
-            part = self._updates.included[keras_internals.variable_key(variable)].part
+            part = self._updates.included[variable_key(variable)].part
             compact = isinstance(part, CompactPartition) and not self._gathers
-            key = keras_internals.dtype_name(variable), compact, keras_internals.device_of(variable)
+            key = dtype_name(variable), compact, device_of(variable)
             group = groups.setdefault(key, _Group())
             group.parts.append(part)
             group.variables.append(variable)
@@ -342,7 +344,7 @@ class FusedStep(keras_internals.UpdateHook):
         gradients: Sequence[Gradient],
         learning_rate: Any,
     ) -> None:
-        optimizer, dtype = self._updates.optimizer, keras_internals.dtype_name(first)
+        optimizer, dtype = self._updates.optimizer, dtype_name(first)
         rate = keras.ops.cast(learning_rate, dtype)
         decay: list[Any] = [0.0, 0.0]
         if optimizer.weight_decay is not None:
@@ -354,8 +356,8 @@ class FusedStep(keras_internals.UpdateHook):
         fused = []
         seeded: list[tuple[int, Slot]] = []
         for part, whole, gradient in zip(group.parts, group.variables, gradients, strict=True):
-            variable = keras_internals.component_beside(whole, group.variables[0], first)
-            included = self._updates.included[keras_internals.variable_key(part.variable)]
+            variable = component_beside(whole, group.variables[0], first)
+            included = self._updates.included[variable_key(part.variable)]
             states, slots = included.states, included.seeded
             fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
             if slots is not None:
@@ -386,7 +388,7 @@ class FusedStep(keras_internals.UpdateHook):
         own = part.inner_variable if self._gathers else part.variable
 
         def beside(other: Variable) -> tf.Variable:
-            return keras_internals.component_beside(other, own, variable)
+            return component_beside(other, own, variable)
 
         # A compact variable by itself has an entry for each trainable one, and room.
         masked = part if isinstance(part, MaskedPartition) and compact == isinstance(part, CompactPartition) else None

@@ -12,8 +12,15 @@ from typing import Any
 
 import tensorflow as tf
 
-from freezeops.keras_compat import keras_internals
-from freezeops.keras_compat.keras_internals import Variable, variable_key
+from freezeops.keras_compat.layers import moving_state, rewritten_weights
+from freezeops.keras_compat.tracing import (
+    outermost_traced_function,
+    read_variables,
+    traced_function,
+    when_traced,
+    written_variables,
+)
+from freezeops.keras_compat.variables import Variable, is_variable, tf_variable, variable_key, variable_path
 from freezeops.notices import warn
 from freezeops.partitions.partition import Partition
 from freezeops.registry.rules import Rule
@@ -39,7 +46,7 @@ _traces: "weakref.WeakKeyDictionary[Any, _Trace]" = weakref.WeakKeyDictionary()
 @contextmanager
 def guarded() -> Iterator[None]:
     """Around what keeps frozen entries itself: what it writes is not looked at."""
-    graph = keras_internals.traced_function()
+    graph = traced_function()
     if graph is None:
         yield
         return
@@ -77,25 +84,25 @@ class TracedWrites:
         Args:
             partitions: Of the variables that the optimizer knows.
         """
-        graph = keras_internals.outermost_traced_function()
+        graph = outermost_traced_function()
         if graph is None:
             return
         watchers = _traces.setdefault(graph, _Trace()).watchers
         if self not in watchers:
             watchers.add(self)
-            keras_internals.when_traced(graph, functools.partial(self._look, graph, partitions))
+            when_traced(graph, functools.partial(self._look, graph, partitions))
 
     def _look(self, graph: Any, partitions: Sequence[Partition]) -> None:
         known = {variable_key(part.variable): part for part in partitions}
-        states = [variable for variable in keras_internals.read_variables(graph) if _is_state(variable)]
+        states = [variable for variable in read_variables(graph) if _is_state(variable)]
         variables = [part.variable for part in partitions]
         variables += [variable for variable in states if variable_key(variable) not in known]
-        for variable in keras_internals.written_variables(graph, variables, _guarded_operations):
+        for variable in written_variables(graph, variables, _guarded_operations):
             key = variable_key(variable)
             if key in known:
                 self._variables[key] = known[key].path
             else:
-                self._states[key] = keras_internals.variable_path(variable)
+                self._states[key] = variable_path(variable)
         self.warn(partitions)
 
     def warn(self, partitions: Sequence[Partition]) -> None:
@@ -131,18 +138,18 @@ class TracedWrites:
 
         At once, since steps that are not traced are not looked at. What was said here is not said again.
         """
-        targets = [part for part in rule.target if not keras_internals.is_variable(part)] if rule.freezes else []
-        rewritten = self._unsaid([each for part in targets for each in keras_internals.rewritten_weights(part)])
-        states = self._unsaid([each for part in targets for each in keras_internals.moving_state(part)])
+        targets = [part for part in rule.target if not is_variable(part)] if rule.freezes else []
+        rewritten = self._unsaid([each for part in targets for each in rewritten_weights(part)])
+        states = self._unsaid([each for part in targets for each in moving_state(part)])
         messages = []
         if rewritten:
-            paths = [keras_internals.variable_path(variable) for variable in rewritten]
+            paths = [variable_path(variable) for variable in rewritten]
             messages.append(
                 f"These layers rewrite their weights in the forward pass, so frozen entries move: {paths}. Take the "
                 "wrapper out (keras.layers.SpectralNormalization, pruning wrappers), or freeze nothing there."
             )
         if states:
-            paths = [keras_internals.variable_path(variable) for variable in states]
+            paths = [variable_path(variable) for variable in states]
             messages.append("Freezing a layer freezes its trainable variables. " + _moving_message(paths))
         if messages:
             self._said |= {variable_key(variable) for variable in rewritten + states}
@@ -180,7 +187,7 @@ class _FrozenVariables:
         self._names: dict[str, str] = {}
         for key, part in self._parts.items():
             # TensorFlow's names, since nothing else is known of the state's.
-            name = self._names[key] = keras_internals.variable_path(keras_internals.tf_variable(part.variable))
+            name = self._names[key] = variable_path(tf_variable(part.variable))
             scope = _scope(name)
             while scope:
                 self._inside.setdefault(scope, []).append(key)

@@ -1,0 +1,194 @@
+"""Hooks into a step: what is called right before an optimizer updates variables, or instead of it."""
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from freezeops.keras_compat.variables import Untracked, Variable
+
+
+class StepHook:
+    """What `before_updates` calls."""
+
+    identity: Hashable
+    """The same for the hooks of replicas that wait for each other, and for no others."""
+
+    def includes(self, variable: Variable) -> bool:
+        """Whether the hook has anything to do for this variable."""
+        raise NotImplementedError
+
+    def before_update(self, gradient: Any, variable: tf.Variable) -> None:
+        """Called before each variable's update."""
+        raise NotImplementedError
+
+
+def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> AbstractContextManager:
+    """While this lasts, and in this thread, a hook is called right before an optimizer updates a variable.
+
+    With the gradient that it then uses, after everything that can change a gradient or skip a step: accumulation,
+    clipping, loss scaling, the sum over replicas.
+
+    Args:
+        optimizer: One that wraps no other. It is changed.
+        hook: What to call.
+    """
+    return _during_step(optimizer, "_freezeops_before_updates", {"update_step": _update_with_hook}, hook)
+
+
+def _update_with_hook(self: Any, replaced: Callable[..., Any], gradient: Any, variable: Any, learning_rate: Any) -> Any:
+    if hook := _hook_now(self, "_freezeops_before_updates", [variable]):
+        hook.before_update(gradient, variable)
+    return replaced(gradient, variable, learning_rate)
+
+
+class UpdateHook:
+    """What updates variables all at once in a step, see `updating_together`."""
+
+    @property
+    def identity(self) -> Hashable:
+        """The same for the hooks of replicas that wait for each other, and for no others."""
+        raise NotImplementedError
+
+    def includes(self, variable: Variable) -> bool:
+        """Whether the hook updates this variable."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        strategy: tf.distribute.Strategy,
+        grads_and_vars: Sequence[tuple[Any, tf.Variable]],
+        learning_rate: Any,
+    ) -> None:
+        """Updates variables that it includes, weight decay among it, instead of the optimizer's `update_step`.
+
+        Called in the cross-replica context, where there are replicas.
+        """
+        raise NotImplementedError
+
+
+def can_update_together(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether `updating_together` knows how this version of Keras updates variables."""
+    return all(callable(getattr(type(optimizer), name, None)) for name in _UPDATES)
+
+
+def updating_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> AbstractContextManager:
+    """While this lasts, and in this thread, a hook updates the variables that it includes, all of a step at once.
+
+    Args:
+        optimizer: One that wraps no other. It is changed.
+        hook: What to call.
+    """
+    return _during_step(optimizer, "_freezeops_updates", _UPDATES, hook)
+
+
+@contextmanager
+def _during_step(
+    optimizer: Any, name: str, methods: Mapping[str, Callable[..., Any]], hook: StepHook | UpdateHook
+) -> Iterator[None]:
+    """Puts methods before those of an optimizer, for good; and for a while a hook that they find by `_hook_now`.
+
+    What somebody has put on the instance is called as before.
+
+    The hook only for a while, since another `MaskedOptimizer` may wrap the same optimizer, and people may call it
+    themselves.
+    """
+    if not hasattr(optimizer, name):
+        setattr(optimizer, name, Untracked({}))
+    for method_name, method in methods.items():
+        # Also where somebody replaced the method, or took it away, since the last step.
+        now = vars(optimizer).get(method_name)
+        if not (isinstance(now, _Hooked) and now.method is method):
+            setattr(optimizer, method_name, _Hooked(optimizer, method_name, method, now))
+    hooks, thread = getattr(optimizer, name).value, threading.get_ident()
+    before = hooks.get(thread)
+    hooks[thread] = hook
+    try:
+        yield
+    finally:
+        if before is None:
+            del hooks[thread]
+        else:
+            hooks[thread] = before
+
+
+class _Hooked:
+    """A method of one optimizer, with another one before it that is given it to call.
+
+    Args:
+        optimizer: The optimizer.
+        name: The method's name.
+        method: What is called, with the optimizer and the method as its first arguments.
+        on_instance: The method that somebody put on the instance; `None`: that of its class.
+    """
+
+    def __init__(self, optimizer: Any, name: str, method: Callable[..., Any], on_instance: Callable[..., Any] | None):
+        self.method = method
+        self._optimizer = optimizer
+        self._name = name
+        self.on_instance = on_instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replaced = self.on_instance
+        if replaced is None:
+            replaced = getattr(type(self._optimizer), self._name).__get__(self._optimizer)
+        return self.method(self._optimizer, replaced, *args, **kwargs)
+
+
+def _behind_hooks(method: Any) -> Any:
+    """What somebody put on an instance, or the hook where nobody did."""
+    while isinstance(method, _Hooked) and method.on_instance is not None:
+        method = method.on_instance
+    return method
+
+
+def _hook_now(optimizer: Any, name: str, variables: Sequence[Variable]) -> Any:
+    """The hook of this thread's step, or of the step that this thread works for; `None` where there is none.
+
+    Args:
+        optimizer: What has the hook.
+        name: Its attribute.
+        variables: What is updated now.
+    """
+    hooks = getattr(optimizer, name).value
+    if (own := hooks.get(threading.get_ident())) or not tf.distribute.has_strategy():
+        return own
+    # Replicas wait in threads of their own while one that has none updates for them. Others may wait in other steps.
+    waiting = [hook for hook in list(hooks.values()) if any(map(hook.includes, variables))]
+    if len({hook.identity for hook in waiting}) > 1:
+        raise RuntimeError(
+            "An optimizer must make one step of a variable at a time. "
+            f"Received: {len(waiting)} steps at once of {optimizer.name!r}"
+        )
+    return waiting[0] if waiting else None
+
+
+def _decay_others(self: Any, replaced: Callable[..., Any], variables: Any) -> None:
+    variables = list(variables)
+    hook = _hook_now(self, "_freezeops_updates", variables)
+    others = [variable for variable in variables if hook is None or not hook.includes(variable)]
+    if others:
+        replaced(others)
+
+
+def _update_others(
+    self: Any, replaced: Callable[..., Any], distribution: Any, grads_and_vars: Any, learning_rate: Any
+) -> None:
+    grads_and_vars = list(grads_and_vars)
+    hook = _hook_now(self, "_freezeops_updates", [variable for _, variable in grads_and_vars])
+    if hook is not None:
+        together = [pair for pair in grads_and_vars if hook.includes(pair[1])]
+        grads_and_vars = [pair for pair in grads_and_vars if not hook.includes(pair[1])]
+        if together:
+            hook.update(distribution, together, learning_rate)
+    replaced(distribution, grads_and_vars, learning_rate)
+
+
+_UPDATES: dict[str, Callable[..., None]] = {
+    "_apply_weight_decay": _decay_others,
+    "_distributed_tf_update_step": _update_others,
+}
+"""By name: what `updating_together` puts before methods of an optimizer."""
