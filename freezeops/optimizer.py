@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import ops
 from freezeops.files.checkpoints import MaskStore
 from freezeops.keras_compat import stored_state
 from freezeops.keras_compat.known import writes_only_given, writes_only_rows_with_gradients
@@ -44,9 +43,10 @@ from freezeops.keras_compat.wrapped import (
     step_counter,
     wrapped_optimizers,
 )
-from freezeops.masks import layout
+from freezeops.masks import layout, packing
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
+from freezeops.ops.gradients import Gradient
 from freezeops.partitions import compact, partition
 from freezeops.partitions.compact import Capacity, CompactPartition, TrainableIndex
 from freezeops.partitions.partition import (
@@ -77,7 +77,6 @@ from freezeops.step.fused import FusedStep, FusedUpdates
 from freezeops.step.traced_writes import guarded
 from freezeops.storage import saved_names
 from freezeops.storage.stored import Stored
-from freezeops.transforms import Gradient
 
 _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "loss_scale_factor", "gradient_accumulation_steps")
 
@@ -265,7 +264,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             return
         flags = np.zeros(part.size, bool) if waiting is None else (waiting & part.mask).to_numpy().reshape(-1)
         entries = part.mask.indices() if isinstance(part, CompactPartition) else None
-        slots.unseeded.assign(ops.pack_bits(packed_into(flags, entries, tuple(slots.variable.shape))))
+        slots.unseeded.assign(packing.pack_bits(packed_into(flags, entries, tuple(slots.variable.shape))))
 
     def _slot_names(self) -> list[tuple[str, list[tuple[str | None, str]]]]:
         names = [name for name, _ in self._state.index.named]
@@ -417,7 +416,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         assert plan.layout is not None and plan.mask is not None
         bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
         packed = numpy_of(bits)  # where there are several workers: the chief's
-        room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
+        room = max(plan.capacity, packing.count_bits(packed, plan.layout.kept))
         offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
         if plan.pending:
             indices[:] = compact.pending_index(indices.dtype)
@@ -695,7 +694,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         self._find_fused()
         slots = self._state.slots.get(position)
         if slots is not None and slots.unseeded is not None:
-            slots.unseeded.assign(ops.pack_bits(packed_into(waiting, target, shape)))
+            slots.unseeded.assign(packing.pack_bits(packed_into(waiting, target, shape)))
         # What was traced before has the old mask: it must not go on with it.
         empty_variable(old.bits)
 

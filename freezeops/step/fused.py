@@ -22,11 +22,11 @@ from freezeops.keras_compat.known import replaced_methods, unknown_wrappers
 from freezeops.keras_compat.variables import Variable, component_beside, device_of, dtype_name, variable_key
 from freezeops.keras_compat.wrapped import wrapped_optimizers
 from freezeops.masks.layout import Layout
+from freezeops.ops.gradients import Gradient
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
 from freezeops.slots.catalogue import Slot
 from freezeops.slots.unfreezing import Seeding, VariableSlots
-from freezeops.transforms import Gradient
 
 
 @dataclass(frozen=True)
