@@ -23,7 +23,6 @@ from freezeops.keras_compat.tracing import (
 from freezeops.keras_compat.variables import Variable, is_variable, tf_variable, variable_key, variable_path
 from freezeops.notices import warn
 from freezeops.partitions.partition import Partition
-from freezeops.registry.rules import Rule
 
 
 class _Trace:
@@ -133,12 +132,15 @@ class TracedWrites:
         if messages:
             warn(" ".join(messages))
 
-    def warn_of_layers(self, rule: Rule) -> None:
-        """Warns where a rule freezes a layer that is known to write its weights, or other state, in its forward pass.
+    def warn_of_layers(self, targets: Sequence[Any]) -> None:
+        """Warns of frozen layers that are known to write their weights, or other state, in the forward pass.
 
         At once, since steps that are not traced are not looked at. What was said here is not said again.
+
+        Args:
+            targets: What a call freezes: layers, variables, patterns.
         """
-        targets = [part for part in rule.target if not is_variable(part)] if rule.freezes else []
+        targets = [part for part in targets if not is_variable(part)]
         rewritten = self._unsaid([each for part in targets for each in rewritten_weights(part)])
         states = self._unsaid([each for part in targets for each in moving_state(part)])
         messages = []
