@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from freezeops.keras_compat.variables import Variable, variable_path
+from freezeops.keras_compat.wrapped import trained_variables
 from freezeops.messages import short
 
 Role = Literal["first_moment", "second_moment", "history", "weight"]
@@ -141,7 +142,7 @@ def slots_of(optimizer: keras.optimizers.Optimizer) -> Iterator[tuple[Variable, 
         optimizer: One that wraps no other.
     """
     declared = next((_SLOTS[cls] for cls in type(optimizer).__mro__ if cls in _SLOTS), {})
-    for index, variable in enumerate(optimizer._trainable_variables):
+    for index, variable in enumerate(trained_variables(optimizer)):
         found = []
         for attribute, slot in declared.items():
             variables = getattr(optimizer, attribute, None) or []

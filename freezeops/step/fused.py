@@ -20,7 +20,7 @@ from freezeops import ops
 from freezeops.keras_compat.hooks import UpdateHook, can_update_together, updating_together
 from freezeops.keras_compat.known import replaced_methods, unknown_wrappers
 from freezeops.keras_compat.variables import Variable, component_beside, device_of, dtype_name, variable_key
-from freezeops.keras_compat.wrapped import wrapped_optimizers
+from freezeops.keras_compat.wrapped import decays_weight, momentum_product, wrapped_optimizers
 from freezeops.masks.layout import Layout
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
@@ -65,7 +65,7 @@ def _nadam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
     decay, beta_1, beta_2 = (keras.ops.cast(value, dtype) for value in (0.96, optimizer.beta_1, optimizer.beta_2))
     u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, step))
     next_u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, next_step))
-    product = keras.ops.cast(optimizer._u_product, dtype)
+    product = keras.ops.cast(momentum_product(optimizer), dtype)
     rest = [next_u, 1 - product * next_u, 1 - u, 1 - product, 1 - keras.ops.power(beta_2, step)]
     return [rate, 1 - beta_1, 1 - beta_2, optimizer.epsilon, *rest]
 
@@ -401,7 +401,7 @@ class FusedStep(UpdateHook):
             bits=None if masked is None else beside(masked.bits),
             ranks=None if index is None else (beside(index.offsets), beside(index.indices)),
             unseeded=None if slots is None else beside(slots.unseeded),
-            decays=optimizer.weight_decay is not None and optimizer._use_weight_decay(variable),
+            decays=optimizer.weight_decay is not None and decays_weight(optimizer, variable),
         )
 
 
