@@ -5,7 +5,7 @@ import os
 import keras
 import numpy as np
 import pytest
-from files import map_header, sealed
+from file_mutations import map_header, sealed
 
 import freezeops as fz
 from freezeops.files import maskfile

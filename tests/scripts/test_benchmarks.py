@@ -12,7 +12,7 @@ import pytest
 from common import assert_same_bits
 from processes import Script
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 MIB = 2**20
 
 

@@ -14,7 +14,7 @@ import freezeops as fz
 from freezeops.registry import rules_config
 
 STATES = ("full", "compact")
-DOC = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+DOC = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 DOC_BLOCKS = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
 MASK = np.random.default_rng(0).random((13, 7)) < 0.5
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 from common import assert_same_bits
-from files import contents, map_header, mutations, opened, sealed
+from file_mutations import contents, map_header, mutations, opened, sealed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

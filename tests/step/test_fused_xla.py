@@ -269,7 +269,7 @@ def test_compiled_once(state, way, tmp_path):
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*inference_step.*",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run(
         [sys.executable, "-c", STEPS, state], capture_output=True, text=True, env=environment, timeout=300

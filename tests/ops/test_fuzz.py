@@ -9,7 +9,7 @@ import pytest
 
 from freezeops.ops import native
 
-FUZZER = Path(__file__).parent / "fuzz" / "fuzz_ops.py"
+FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_ops.py"
 CALLS = 330
 
 pytestmark = pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")

@@ -16,7 +16,7 @@ from freezeops.registry import rules_config
 X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 8)).astype("float32")
 MASK = np.random.default_rng(2).random((8, 8)) < 0.5
-OLD = Path(__file__).parent / "data" / "before_layouts"
+OLD = Path(__file__).parents[1] / "data" / "before_layouts"
 
 STORES = ("keras weights", "sharded weights", "checkpoint")
 STATES = ("full", "compact")

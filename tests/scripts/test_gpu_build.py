@@ -18,7 +18,7 @@ from tensorflow.python.framework.kernels import get_registered_kernels_for_op
 from freezeops import ops
 from freezeops.ops import native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "cmake" / "FindFreezeopsCuda.cmake"
 
 DTYPES = {"DT_HALF", "DT_BFLOAT16", "DT_FLOAT", "DT_DOUBLE"}
