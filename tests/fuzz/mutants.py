@@ -70,10 +70,10 @@ FAULTS = {
         ["ops/fused_update/xla.cc"],
     ),
     "scales that are too short under XLA": (
-        "ops/common/xla_kernels.cc",
+        "ops/seed_slots/xla.cc",
         "OP_REQUIRES_OK(ctx, attributes_.CheckShapes(values_shape, indices_shape, scales_shape));",
         "",
-        ["ops/common/xla_kernels.cc"],
+        ["ops/seed_slots/xla.cc"],
     ),
     "indices that are not the mask's": (
         "kernels/cpu/parallel_compact.h",

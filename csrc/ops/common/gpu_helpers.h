@@ -1,9 +1,15 @@
 // What the GPU OpKernels share: TensorFlow's stream without a header of CUDA, and how a launch reports its errors.
+//
+// No GPU OpKernel waits for the device or looks at what is in its memory: masks, offsets, indices and scales stay
+// there. So what would take a look at them differs from the CPU's kernels, as each gpu.cc says.
+// A variable's lock is held until the kernel that reads or writes it is started; what follows on the stream comes
+// after.
 
 #ifndef FREEZEOPS_OPS_COMMON_GPU_HELPERS_H_
 #define FREEZEOPS_OPS_COMMON_GPU_HELPERS_H_
 
 #include "kernels/cuda/kernels.h"
+#include "ops/common/op_checks.h"
 #include "ops/common/tf_compat.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -28,6 +34,10 @@ inline cuda::Float FloatOf(tensorflow::DataType dtype) {
     default:
       return cuda::Float::kDouble;
   }
+}
+
+inline absl::Status LookUp(tensorflow::OpKernelContext* ctx, VarPtr* variable) {
+  return LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), variable);
 }
 
 // The status of an op whose kernels were started, or were not.

@@ -1,4 +1,7 @@
-// What the XLA kernels build their HLO from: masks as integers of a float's width, rows gathered, scattered and summed.
+// What the XLA kernels share: masks as integers of a float's width, rows gathered, scattered and summed.
+//
+// Kernels are plain HLO, which XLA fuses into whatever makes or takes the values, and calls of native kernels where
+// these are faster (xla_cpu.cc of an op).
 
 #ifndef FREEZEOPS_OPS_COMMON_XLA_HELPERS_H_
 #define FREEZEOPS_OPS_COMMON_XLA_HELPERS_H_
@@ -10,6 +13,12 @@
 #include "ops/common/xla_compat.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/framework/types.h"
+
+// Registered for the JIT devices directly: the registration macro of XLA's own kernels takes effect only if the library
+// is loaded before XLA is used for the first time.
+#define FREEZEOPS_REGISTER_XLA(OP, KERNEL)                         \
+  REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_CPU_JIT"), KERNEL); \
+  REGISTER_KERNEL_BUILDER(Name(OP).Device("XLA_GPU_JIT"), KERNEL)
 
 namespace freezeops {
 

@@ -1,6 +1,5 @@
-// GPU kernel of FusedUpdate. As in gpu_ops.cc nothing here waits for the device or looks at what is in its memory: the
-// numbers of a step are read by its kernels, rows of slices that are out of range are passed over, and offsets and
-// indices that are not those of the mask are not reported.
+// GPU kernel of FusedUpdate. The numbers of a step are read by its kernels, rows of slices that are out of range are
+// passed over, and offsets and indices that are not those of the mask are not reported.
 
 #include <algorithm>
 #include <vector>

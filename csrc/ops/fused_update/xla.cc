@@ -5,10 +5,10 @@
 #include <vector>
 
 #include "ops/common/xla_compat.h"
-#include "ops/common/xla_cpu_calls.h"
 #include "ops/common/xla_helpers.h"
 #include "ops/fused_update/attributes.h"
 #include "ops/fused_update/hlo.h"
+#include "ops/fused_update/xla_calls.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace freezeops {
@@ -156,8 +156,7 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
   std::vector<Written> written_;
 };
 
-REGISTER_KERNEL_BUILDER(Name("Freezeops>FusedUpdate").Device("XLA_CPU_JIT"), FusedUpdateXlaOp);
-REGISTER_KERNEL_BUILDER(Name("Freezeops>FusedUpdate").Device("XLA_GPU_JIT"), FusedUpdateXlaOp);
+FREEZEOPS_REGISTER_XLA("Freezeops>FusedUpdate", FusedUpdateXlaOp);
 
 }  // namespace
 }  // namespace freezeops
