@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from freezeops.keras_compat.variables import Variable, variable_key
-from freezeops.keras_compat.wrapped import SlotRecord, accumulators, average_slots, base_optimizers
+from freezeops.keras_compat.wrapped import SlotRecord, accumulators, average_slots, base_optimizers, trained_variables
 from freezeops.partitions.building import PartitionBuilder
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.full import FullPartition
@@ -46,12 +46,12 @@ class SlotBinding:
         """Each seeds the slots of one optimizer in a step."""
         return list(self._seedings.values())
 
-    def bind(self, managed: Sequence[ManagedVariable], slot_records: Sequence[SlotRecord]) -> None:
+    def bind(self, managed: Sequence[ManagedVariable], slot_records: Sequence[SlotRecord] | None) -> None:
         """Finds out all that is to be known of the inner optimizer.
 
         Args:
             managed: The records, in order.
-            slot_records: The slots that it made while it was built.
+            slot_records: The slots that it made while it was built; `None`: it was built before.
 
         Raises:
             ValueError: If a compact variable has slots of which nothing is known.
@@ -59,7 +59,8 @@ class SlotBinding:
         keys = [variable_key(each.partition.variable) for each in managed]
         self._managed = dict(zip(keys, managed, strict=True))
         self._positions = {key: position for position, key in enumerate(keys)}
-        self._keep_records(slot_records)
+        if slot_records is not None:
+            self._keep_records(slot_records)
         self.find_slots()
         self.find_fused()
 
@@ -74,7 +75,7 @@ class SlotBinding:
         partitions = [managed.partition for managed in self._managed.values()]
         shapes = {tuple(each.inner_variable.shape) for each in partitions if isinstance(each, CompactPartition)}
         for base in base_optimizers(self._inner_optimizer):
-            for variable in base.variables if slot_records else ():
+            for variable in base.variables:
                 if id(variable) not in recorded and tuple(variable.shape) in shapes:
                     raise ValueError(
                         "Slots must be made by `add_optimizer_variables` or `add_variable_from_reference` for "
@@ -117,11 +118,11 @@ class SlotBinding:
             updates: FusedUpdates | None = None
             if isinstance(formula, UpdateFormula):
                 updates = FusedUpdates(self._inner_optimizer, base, formula, self._seedings[id(base)])
-            for number, variable in enumerate(base._trainable_variables):
+            for number, variable in enumerate(trained_variables(base)):
                 managed = self._find(variable)
                 if managed is None:
                     continue
-                reason = formula if isinstance(formula, str) else managed.fused.reason
+                reason = formula if isinstance(formula, str) else fused.reason_against(managed.partition)
                 if updates is None or reason:
                     managed.fused = NotFused(reason)
                 else:
@@ -142,7 +143,7 @@ class SlotBinding:
             if (managed := self._find(variable)) is not None:
                 yield managed.partition, average
 
-    def clear_frozen(self, changed: Sequence[Any]) -> None:
+    def clear_frozen(self, changed: Sequence[ManagedVariable]) -> None:
         """Clears what accumulators and averages hold of entries that are frozen now.
 
         Accumulated gradients of them must neither be applied nor count in a norm.
@@ -152,9 +153,9 @@ class SlotBinding:
         """
         partitions = {id(managed.partition) for managed in changed}
         for variable, accumulator in accumulators(self._inner_optimizer):
-            managed = self._find(variable)
-            if managed is not None and id(managed.partition) in partitions:
-                managed.partition.clear_frozen(accumulator)
+            found = self._find(variable)
+            if found is not None and id(found.partition) in partitions:
+                found.partition.clear_frozen(accumulator)
         for partition, average in self.averages():
             if id(partition) in partitions:
                 partition.fill_frozen(average)

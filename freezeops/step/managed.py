@@ -35,7 +35,7 @@ class ManagedVariable:
     partition: Partition
     slots: VariableSlots | None = None
     slot_records: list[SlotRecord] = field(default_factory=list)
-    fused: FusedUpdates | NotFused = NotFused("")
+    fused: FusedUpdates | NotFused = field(default_factory=lambda: NotFused(""))
     stated: Source | None = None
     awaiting: bool = False
 
