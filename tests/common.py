@@ -105,3 +105,8 @@ def optimizer_classes() -> Iterator[str]:
     for name, value in vars(keras.optimizers).items():
         if inspect.isclass(value):
             yield name
+
+
+def mask_variables(optimizer):
+    """The variables of an optimizer's masks, as TensorFlow tracks them for a SavedModel, by a key."""
+    return optimizer._trackable_children("savedmodel")["_masks"]._trackable_children("savedmodel")

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import MODES, assert_same_bits, in_mode
+from common import MODES, assert_same_bits, in_mode, mask_variables
 
 pytest.importorskip("tf_keras", reason="tf_keras is not installed: nothing to wrap")
 import tf_keras
@@ -282,7 +282,7 @@ def test_sparse_gradients(setup, mode):
     optimizer.freeze(table, np.s_[:10])
     optimizer.build([table])
     plain.build([twin])
-    assert optimizer._state.partitions[0].mask_bytes == 3  # one bit per row
+    assert optimizer.describe()[0].bytes == 3  # one bit per row
     values = np.ones((4, 3), "float32")
     values[0] = np.nan
 
@@ -984,7 +984,7 @@ def case_loop(strategy):
             np.testing.assert_allclose(copies(v)[0][MASK], expected[MASK], atol=1e-6)
         middle = copies(v)[0]
         masked.register_mask(v, other)
-        for bits in masked._state.partitions[0].bits.value.values:
+        for bits in mask_variables(masked)["0"].values:
             assert_same_bits(bits.numpy(), fz.Mask.from_array(other).packed)
         for _ in range(3):
             step(tf.constant(other))

@@ -14,7 +14,7 @@ from freezeops.files import mask_sources
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.registry.masking import masked_optimizer
+from freezeops.registry.methods import masked_optimizer
 from freezeops.storage import checkedfile
 from freezeops.storage.stored import BIT_ORDER, POLARITY, Stored, StoredMask, take_mask
 
@@ -94,7 +94,7 @@ def load_masks(
     stored.masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
     stored.variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
     layouts = {rename.get(name, name): layout for name, layout in layouts.items()}
-    optimizer._register_stored(stored, layouts, strict=of_masks)
+    optimizer._registry.register_stored(stored, layouts, strict=of_masks)
 
 
 def _read(path: Path) -> dict[str, Mask]:

@@ -85,8 +85,8 @@ class InnerOptions:
 
     def _owner_of_its_own(self, name: str) -> Any:
         """What is wrapped and has a public attribute that this one has not; `None` where nothing has."""
-        # `_state` is the first attribute of this one's own that is private: before, it is not all there.
-        if name.startswith("_") or "_state" not in vars(self):
+        # `_registry` is the first attribute of this one's own that is private: before, it is not all there.
+        if name.startswith("_") or "_registry" not in vars(self):
             return None
         for part in self._inside():
             if not is_multi_optimizer(part) and hasattr(part, name):

@@ -267,11 +267,11 @@ class CompactPartition(MaskedPartition):
             raise ValueError(pending_message(self.path))
 
     def describe(self) -> Description:
-        used, room = self.mask.count(), self.capacity * self.layout.inner
+        room = self.capacity * self.layout.inner
         held = {"compact values": self._inner}
         held |= dict(zip(("mask bits", "rank offsets", "indices"), self._index.variables, strict=True))
         return Description(
-            "" if used == room else f"room for {room:,}",
+            "",
             self.layout,
             self.layout.packed_bytes,
             {purpose: math.prod(v.shape) * tf.as_dtype(v.dtype).size for purpose, v in held.items()},

@@ -1,8 +1,7 @@
-"""Rules: what users say about masks, and how it finds its variables.
+"""Mask rules: one per call of the user's.
 
-A rule is a target (variables, layers or a path pattern), an action and the entries
-that it names. Rules given before the optimizer is built wait here until the
-variables are known; later ones are carried out at once.
+A rule names targets and entries, and is applied when the variables are known: rules given before the optimizer is
+built wait until then, later ones are carried out at once.
 """
 
 import contextlib
@@ -48,14 +47,45 @@ LEFT_OUT = _LeftOut()
 
 
 @dataclass(frozen=True)
-class Rule:
+class Booleans:
+    """A boolean array of the user's, packed once; axes of length 1 broadcast, a scalar stands for all entries.
+
+    Attributes:
+        packed: The array as a mask of its own shape.
+    """
+
+    packed: Mask
+
+    @property
+    def array(self) -> np.ndarray:
+        """The array."""
+        return np.array(self.packed.to_numpy())
+
+    def as_mask(self, shape: Shape, name: str) -> Mask:
+        """Returns the array as a mask of a variable's shape.
+
+        Args:
+            shape: The variable's shape.
+            name: The argument's name, for the message.
+
+        Raises:
+            ValueError: If the array does not fit.
+        """
+        if self.packed.shape == tuple(shape):
+            return self.packed
+        check_broadcast(self.packed.shape, shape, name)
+        return Mask.from_array(self.array, shape)
+
+
+@dataclass(frozen=True)
+class MaskRule:
     """One call of `register_mask`, `freeze`, `unfreeze` or `train_only`.
 
     Attributes:
         action: The call's name.
         target: Variables, layers, a pattern, or a list of those.
-        entries: The mask for `register_mask`; otherwise what the verb acts on, as
-            an array, index expression or `None` for every entry.
+        entries: The mask for `register_mask`; otherwise the entries that the verb acts on.
+            A `Mask`, `Booleans`, an integer array, an index expression, or `None` for every entry.
         permanent: Whether `freeze` leaves the variable out of the inner optimizer.
     """
 
@@ -79,12 +109,15 @@ class Rule:
     def freezes(self) -> bool:
         """Whether any entry can be frozen after this rule that was not before."""
         if self.action == "register_mask":
-            return not np.all(self.entries.to_numpy() if isinstance(self.entries, Mask) else self.entries)
+            mask = self.entries.packed if isinstance(self.entries, Booleans) else self.entries
+            return mask.count() != mask.size
         return self.action != "unfreeze"
 
     def apply_to(self, mask: Mask) -> Mask:
         """The mask after this rule."""
         if self.action == "register_mask":
+            if isinstance(self.entries, Booleans):
+                return self.entries.as_mask(mask.shape, "mask")
             return Mask.from_array(self.entries, mask.shape)
         entries = named_entries(self.entries, mask.shape)
         if self.action == "freeze":
@@ -141,6 +174,8 @@ def named_entries(where: Any, shape: Shape) -> Mask:
         )
     if where is None:
         return Mask.trainable(shape)
+    if isinstance(where, Booleans):
+        return where.as_mask(shape, "where")
     if where is Ellipsis or isinstance(where, slice | tuple):
         return _indexed(where if isinstance(where, tuple) else (where,), shape)
     array = as_array(where, "where")
@@ -196,17 +231,28 @@ def _without_ellipsis(index: tuple, rank: int) -> tuple:
 
 
 def _copied(entries: Any, name: str) -> Any:
-    if entries is None or entries is Ellipsis or isinstance(entries, Mask | slice | _LeftOut):
+    """Returns what a rule keeps of what the user gave: booleans packed, once; everything else as a copy."""
+    if isinstance(entries, Mask | Booleans | _LeftOut):
+        return entries
+    if name == "mask":
+        return Booleans(Mask.from_array(entries))
+    if entries is None or entries is Ellipsis or isinstance(entries, slice):
         return entries
     if isinstance(entries, tuple):
-        return tuple(_copied(part, name) for part in entries)
-    return np.array(as_array(entries, name))
+        return tuple(_copied_part(part) for part in entries)
+    array = as_array(entries, name)
+    return Booleans(Mask.from_array(array)) if array.dtype == np.bool_ else np.array(array)
 
 
-def check_before_build(rule: Rule) -> None:
+def _copied_part(part: Any) -> Any:
+    """Returns a copy of one part of an index expression."""
+    if part is None or part is Ellipsis or isinstance(part, slice):
+        return part
+    return np.array(as_array(part, "where"))
+
+
+def check_before_build(rule: MaskRule) -> None:
     """Raises what can be known to be wrong before the variables are known."""
-    if not isinstance(rule.entries, Mask) and rule.action == "register_mask":
-        Mask.from_array(rule.entries)
     for target in rule.target:
         if is_variable(target):
             check_maskable_dtype(target)
@@ -414,7 +460,7 @@ def layer_variables(layer: Any) -> list[Variable]:
     return variables
 
 
-def mask_before_build(variable: Variable, rules: Sequence[Rule | Loaded]) -> Mask:
+def mask_before_build(variable: Variable, rules: Sequence[MaskRule | Loaded]) -> Mask:
     """What the rules so far make of one variable, their patterns matched against it alone."""
     _check_is_variable(variable)
     mask = Mask.trainable(variable.shape)

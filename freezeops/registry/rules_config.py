@@ -15,7 +15,7 @@ import numpy as np
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.registry.rules import LEFT_OUT, ExactPath, Loaded, Rule
+from freezeops.registry.rules import LEFT_OUT, Booleans, ExactPath, Loaded, MaskRule
 from freezeops.storage.saved_names import Named
 from freezeops.storage.stored import RawMask, Stored, StoredMask
 
@@ -53,7 +53,7 @@ def _decompressed(text: str) -> bytes:
     return zlib.decompress(base64.b64decode(text))
 
 
-def to_config(rules: Sequence[Rule | Loaded], limit: int | None) -> list[dict[str, Any]]:
+def to_config(rules: Sequence[MaskRule | Loaded], limit: int | None) -> list[dict[str, Any]]:
     """Rules as a config holds them.
 
     Args:
@@ -67,12 +67,12 @@ def to_config(rules: Sequence[Rule | Loaded], limit: int | None) -> list[dict[st
     return [_loaded_to_config(rule, room) if isinstance(rule, Loaded) else _to_config(rule, room) for rule in rules]
 
 
-def from_config(config: Sequence[Mapping[str, Any]]) -> list[Rule | Loaded]:
+def from_config(config: Sequence[Mapping[str, Any]]) -> list[MaskRule | Loaded]:
     """The reverse."""
     return [_loaded_from_config(each) if each["action"] == "load" else _from_config(each) for each in config]
 
 
-def _to_config(rule: Rule, room: _Room) -> dict[str, Any]:
+def _to_config(rule: MaskRule, room: _Room) -> dict[str, Any]:
     target: list[Any] = []
     for part in rule.target:
         if isinstance(part, ExactPath):
@@ -92,10 +92,10 @@ def _to_config(rule: Rule, room: _Room) -> dict[str, Any]:
     return config | ({"left_out": True} if where is LEFT_OUT else {"where": where})
 
 
-def _from_config(config: Mapping[str, Any]) -> Rule:
+def _from_config(config: Mapping[str, Any]) -> MaskRule:
     target = [ExactPath(part["path"]) if isinstance(part, Mapping) else part for part in config["target"]]
     entries = LEFT_OUT if config.get("left_out") else _where_from_config(config["where"])
-    return Rule(config["action"], target, entries, bool(config["permanent"]))
+    return MaskRule(config["action"], target, entries, bool(config["permanent"]))
 
 
 def _where_to_config(where: Any, room: _Room) -> Any:
@@ -112,9 +112,11 @@ def _where_to_config(where: Any, room: _Room) -> Any:
     if isinstance(where, Mask):
         mask = _mask_to_config(where, room)
         return LEFT_OUT if mask.get("left_out") else {"kind": "mask", "of": mask}
-    array = np.asarray(where)
-    if array.dtype == np.bool_:
-        mask = _mask_to_config(Mask.from_array(array), room)
+    booleans = where if isinstance(where, Booleans) else None
+    if booleans is None and (array := np.asarray(where)).dtype == np.bool_:
+        booleans = Booleans(Mask.from_array(array))  # a part of an index expression
+    if booleans is not None:
+        mask = _mask_to_config(booleans.packed, room)
         return LEFT_OUT if mask.get("left_out") else {"kind": "booleans", "of": mask}
     text = room.compressed(array.astype("<i8").tobytes())
     return LEFT_OUT if text is None else {"kind": "integers", "shape": list(array.shape), "of": text}

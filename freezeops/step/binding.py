@@ -1,7 +1,6 @@
 """The inner optimizer's state, bound to the records of the variables: slots, seeding, fused updates, averages."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -64,6 +63,10 @@ class SlotBinding:
         self.find_slots()
         self.find_fused()
 
+    def clear(self) -> None:
+        """Forgets all records."""
+        self._managed, self._positions, self._seedings = {}, {}, {}
+
     def _find(self, variable: Variable) -> ManagedVariable | None:
         # The inner optimizer may have been built with more variables. (A compact one has its variable's key.)
         return self._managed.get(variable_key(variable))
@@ -119,15 +122,15 @@ class SlotBinding:
             if isinstance(formula, UpdateFormula):
                 updates = FusedUpdates(self._inner_optimizer, base, formula, self._seedings[id(base)])
             for number, variable in enumerate(trained_variables(base)):
-                managed = self._find(variable)
-                if managed is None:
+                found = self._find(variable)
+                if found is None:
                     continue
-                reason = formula if isinstance(formula, str) else fused.reason_against(managed.partition)
+                reason = formula if isinstance(formula, str) else fused.reason_against(found.partition)
                 if updates is None or reason:
-                    managed.fused = NotFused(reason)
+                    found.fused = NotFused(reason)
                 else:
-                    managed.fused = updates
-                    updates.add(managed.partition, number, managed.slots)
+                    found.fused = updates
+                    updates.add(found.partition, number, found.slots)
 
     def states_of(self, managed: ManagedVariable) -> tuple[keras.optimizers.Optimizer | None, list[EntryState]]:
         """Returns the optimizer that trains a variable, and all that it keeps for its entries."""

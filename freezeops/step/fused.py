@@ -193,6 +193,7 @@ class FusedStep(UpdateHook):
         if self._gathers and partition.gathers:
             taken = partition.take(gradient)
             # An entry for each trainable one, and room.
+            assert taken.variable is not None
             mask = FusedOperand(Layout(1, 1, math.prod(taken.variable.shape)))
         else:
             taken = partition.take_whole(gradient, masked=not self._direct)

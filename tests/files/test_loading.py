@@ -403,7 +403,7 @@ def test_compact_state_waits_for_its_rules(tmp_path):
     model.load_weights(path)
     model.optimizer.freeze("a/kernel", ~MASK)
     assert_kept(model)
-    assert model.optimizer._state.partitions[0].way == "compact"
+    assert model.optimizer.describe()[0].mode == "compact"
     assert int(model.optimizer.iterations) == 4
 
 
@@ -533,8 +533,8 @@ def test_slots_of_another_state(tmp_path, store, built, there, here):
 
     def moments(of):
         """The first moments of trainable entries."""
-        slot, part = of.optimizer.inner_optimizer._momentums[0].numpy(), of.optimizer._state.partitions[0]
-        if part.way == "compact":
+        slot = of.optimizer.inner_optimizer._momentums[0].numpy()
+        if of.optimizer.describe()[0].mode == "compact":
             return slot.reshape(-1)[: int(mask.sum())]
         return slot[mask]
 
