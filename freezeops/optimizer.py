@@ -60,7 +60,7 @@ from freezeops.registry import masking, rules, rules_config
 from freezeops.registry.masking import FrozenEntries
 from freezeops.registry.rules import Loaded
 from freezeops.slots import unfreezing
-from freezeops.slots.catalogue import slots_of
+from freezeops.slots.catalogue import UpdateFormula, slots_of
 from freezeops.slots.elementwise import check_elementwise
 from freezeops.slots.moving import (
     CompactSlots,
@@ -73,6 +73,7 @@ from freezeops.slots.moving import (
 )
 from freezeops.slots.unfreezing import Seeding, VariableSlots
 from freezeops.step import fused
+from freezeops.step.formulas import formula_of
 from freezeops.step.fused import FusedStep, FusedUpdates
 from freezeops.step.traced_writes import guarded
 from freezeops.storage import saved_names
@@ -527,17 +528,17 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         """Finds out which variables can be updated in one pass."""
         self._state.updates = {}
         for base in base_optimizers(self.inner_optimizer):
-            rule = fused.rule_of(base, self.inner_optimizer)
+            formula = formula_of(base, self.inner_optimizer)
             updates: FusedUpdates | None = None
-            if isinstance(rule, fused.Rule):
+            if isinstance(formula, UpdateFormula):
                 seeding = self._state.seedings.setdefault(id(base), Seeding(base))
-                updates = FusedUpdates(self.inner_optimizer, base, rule, seeding)
+                updates = FusedUpdates(self.inner_optimizer, base, formula, seeding)
             for number, variable in enumerate(base._trainable_variables):
                 position = self._state.index.find_position(variable)
                 if position is None:
                     continue
                 part = self._state.partitions[position]
-                why = rule if isinstance(rule, str) else fused.reason_against(part)
+                why = formula if isinstance(formula, str) else fused.reason_against(part)
                 if why or updates is None:
                     self._state.updates[position] = why
                     continue
