@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import assert_same_bits
-from files import opened
 
 import freezeops as fz
-from freezeops.storage import stored
+from freezeops.storage import checkedfile, stored
 
 FOLDER = Path(__file__).parent / "data" / "before_rooms"
 
@@ -58,7 +57,7 @@ def without_the_model(entries):
     """The records of a Keras file without the model's name, which `Sequential` loses in one."""
     found = {}
     for key, value in entries.items():
-        header, content = opened(stored._KIND, value.tobytes())
+        header, content = checkedfile.decode(stored._KIND, value.tobytes(), key)
         if "masks" in header:
             assert [mask["waiting"] for mask in header["masks"]] == ["body%2Fkernel" in key]
             found[key.replace("model%2F", "")] = json.dumps(header).replace("model/", ""), content
