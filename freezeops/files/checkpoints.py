@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops.keras_compat.variables import Variable, tf_variable
-from freezeops.storage.stored import RawMask, Stored
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import RawMask
 
 _OLD = re.compile(r"(?:unseeded )?\d+(?: offsets| indices)?")
 _KEY = "stored"

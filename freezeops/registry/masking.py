@@ -22,7 +22,9 @@ from freezeops.registry import report, rules, rules_config
 from freezeops.registry.rules import Loaded, Rule
 from freezeops.step.traced_writes import TracedWrites, guarded
 from freezeops.storage import saved_names
-from freezeops.storage.stored import Stored, StoredMask, find, refusal
+from freezeops.storage.matching import find_variables, refusal
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import StoredMask
 
 INNER_ARGUMENTS = (
     "learning_rate",
@@ -509,7 +511,9 @@ class Masking:
         # A variable of the model that is not trained here: its mask must not go to another one.
         others = sorted(paths_of_model(self) - set(index.paths))
         layouts = self._known_layouts(loaded)
-        return find(loaded.stored, index.named, layouts, loaded.strict, others, changes.passed)
+        found = find_variables(loaded.stored, index.named, layouts, loaded.strict, others)
+        changes.passed += found.passed
+        return found.masks, found.problems
 
     def _known_layouts(self, loaded: Loaded) -> dict[str, layout.Layout]:
         """Layouts of masks that were stored without, by the stored name, where a config says them."""

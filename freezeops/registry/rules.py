@@ -21,8 +21,9 @@ from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.masks.where import named_entries
 from freezeops.messages import short
+from freezeops.storage.matching import find_variables
 from freezeops.storage.saved_names import Named, unique
-from freezeops.storage.stored import Stored, find
+from freezeops.storage.stored import Stored
 
 Action = Literal["register_mask", "freeze", "unfreeze", "train_only"]
 
@@ -341,7 +342,7 @@ def mask_before_build(variable: Variable, rules: Sequence[Rule | Loaded]) -> Mas
     key, path = variable_key(variable), variable_path(variable)
     for rule in rules:
         if isinstance(rule, Loaded):
-            found, _ = find(rule.stored, [(path, tuple(variable.shape))])
+            found = find_variables(rule.stored, [(path, tuple(variable.shape))]).masks
             if 0 in found and found[0].stated and found[0].mask is not None:
                 mask = found[0].mask
         elif rule.entries is LEFT_OUT:
