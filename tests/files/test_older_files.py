@@ -18,7 +18,7 @@ from common import assert_same_bits
 import freezeops as fz
 from freezeops.storage import checkedfile, stored
 
-FOLDER = Path(__file__).parent / "data" / "before_rooms"
+FOLDER = Path(__file__).parents[1] / "data" / "before_rooms"
 
 _spec = importlib.util.spec_from_file_location("before_rooms", FOLDER / "write.py")
 assert _spec is not None and _spec.loader is not None
