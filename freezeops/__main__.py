@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from freezeops import ops
-from freezeops.ops import native
+from freezeops.ops import gpu_check, native
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -30,14 +30,14 @@ def _cuda_rows(diagnosis: native.Diagnosis) -> list[tuple[str, str]]:
         return [("CUDA kernels", "yes, not in use: FREEZEOPS_BACKEND=reference" if inside else "no"), sees]
     architectures = ", ".join(f"{each / 10}" for each in kernels.architectures)
     ptx = ", ".join(f"{each / 10}" for each in kernels.ptx)
-    driver = f"supports CUDA {ops.cuda_version(kernels.driver)}" if kernels.driver else "none found"
+    driver = f"supports CUDA {gpu_check.cuda_version(kernels.driver)}" if kernels.driver else "none found"
     if not gpus:
         verdict = "no GPU to run them on"
     else:
-        verdict = ops.gpu_problem(kernels, diagnosis.gpus) or "driver and GPU are new enough"
+        verdict = gpu_check.gpu_problem(kernels, diagnosis.gpus) or "driver and GPU are new enough"
     return [
         ("CUDA kernels", f"yes, for compute capabilities {architectures} and, as PTX of {ptx}, newer ones"),
-        ("compiled for", f"CUDA {ops.cuda_version(kernels.runtime)} ({kernels.compiler})"),
+        ("compiled for", f"CUDA {gpu_check.cuda_version(kernels.runtime)} ({kernels.compiler})"),
         ("GPU driver", driver),
         sees,
         ("can they run", verdict),

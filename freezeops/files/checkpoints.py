@@ -15,7 +15,8 @@ from freezeops.keras_compat.tracking import Ignored, Tracked, checkpoint_being_r
 from freezeops.keras_compat.variables import Variable, tf_variable
 from freezeops.registry.registry import MaskRegistry
 from freezeops.registry.rules import Loaded
-from freezeops.storage.stored import RawMask, Stored
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import RawMask
 
 _OLD = re.compile(r"(?:unseeded )?\d+(?: offsets| indices)?")
 _KEY = "stored"
@@ -124,7 +125,7 @@ def restore(registry: MaskRegistry, stored: Stored) -> None:
         ValueError: If they do not fit. Nothing has changed then.
     """
     if registry.built:
-        found, _ = registry.find_stored(Loaded(stored), registry.index)
+        found = registry.find_stored(Loaded(stored), registry.index).masks
         for position, mask in found.items():
             partition = registry.managed[position].partition
             config = partition.describe().config

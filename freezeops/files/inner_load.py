@@ -124,7 +124,7 @@ class InnerLoads:
     def _new_load(self, stored: Stored, skip: bool) -> Load:
         """Returns how the state of the optimizers inside is found in a file; built."""
         registry = self._registry
-        found, _ = registry.find_stored(Loaded(stored), registry.index)
+        found = registry.find_stored(Loaded(stored), registry.index).masks
         # Shapes do not count: a slot that does not fit is told from one of no variable.
         own_paths = registry.index.named
         others = sorted(paths_of_model(registry.owner) - set(registry.index.paths))

@@ -14,7 +14,8 @@ from freezeops.keras_compat.variables import variable_path
 from freezeops.keras_compat.wrapped import wrapped_optimizers
 from freezeops.masks.mask import Mask
 from freezeops.registry.registry import MaskRegistry
-from freezeops.storage.stored import Stored, refusal
+from freezeops.storage.matching import refusal
+from freezeops.storage.stored import Stored
 
 
 class Store(Protocol):

@@ -20,7 +20,8 @@ from freezeops.keras_compat.tracking import object_graph_nodes
 from freezeops.masks.layout import Layout
 from freezeops.registry import rules_config
 from freezeops.registry.rules import Loaded
-from freezeops.storage.stored import RawMask, Stored
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import RawMask
 
 _WEIGHTS = "model.weights.h5"
 _CONFIG = "config.json"

@@ -16,7 +16,8 @@ from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.registry.methods import masked_optimizer
 from freezeops.storage import checkedfile
-from freezeops.storage.stored import BIT_ORDER, POLARITY, Stored, StoredMask, take_mask
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import BIT_ORDER, POLARITY, StoredMask, take_mask
 
 _KIND = checkedfile.Kind(b"freezeops masks\n", 1, "mask file", "save_masks")
 

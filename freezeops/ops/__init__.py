@@ -6,9 +6,7 @@ environment, the twin in `freezeops.ops.reference` does. The environment is read
 every call, so at trace time inside `tf.function`.
 """
 
-import dataclasses
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import tensorflow as tf
@@ -16,25 +14,11 @@ import tensorflow as tf
 from freezeops import backend
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
-from freezeops.ops import native, reference, reference_updates
+from freezeops.ops import gpu_check, native, reference, reference_updates
 from freezeops.ops.reference_updates import FusedVariable
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
-
-_OPS = (
-    "mask_gradient",
-    "mask_slices",
-    "remember_frozen",
-    "restore_frozen",
-    "gather_trainable",
-    "read_trainable",
-    "take_trainable",
-    "scatter_trainable",
-    "rank_trainable",
-    "seed_slots",
-    "fused_update",
-)
 
 
 def _reason_for_reference() -> str | None:
@@ -46,70 +30,8 @@ def _reason_for_reference() -> str | None:
     if tf.config.list_logical_devices("GPU"):
         if not native.has_cuda():
             return "a GPU is visible and the library has no CUDA kernels"
-        return _too_old_for_cuda()
+        return gpu_check.problem_here()
     return None
-
-
-_too_old: dict[native.CudaKernels, str | None] = {}
-
-
-def _too_old_for_cuda() -> str | None:
-    """Why the CUDA kernels cannot run on the GPUs here, or None if they can. Warns the first time that they cannot."""
-    kernels = native.cuda_kernels()
-    assert kernels is not None
-    if kernels not in _too_old:
-        _too_old[kernels] = problem = gpu_problem(kernels, native.gpus())
-        if problem:
-            warnings.warn(
-                f"freezeops has CUDA kernels that cannot run here and uses the slower reference ops, with the same "
-                f"results: {problem} To do without the kernels and without this warning, set "
-                "FREEZEOPS_BACKEND=reference.",
-                UserWarning,
-                stacklevel=5,
-            )
-    return _too_old[kernels]
-
-
-def gpu_problem(kernels: native.CudaKernels, gpus: Sequence[native.Gpu]) -> str | None:
-    """Why kernels cannot run on GPUs, with the remedy, or None if they can.
-
-    Asked before the first launch, which would fail.
-
-    Args:
-        kernels: The CUDA kernels and the driver.
-        gpus: The GPUs that TensorFlow sees.
-
-    Returns:
-        A sentence or two.
-    """
-    needed, supported = kernels.runtime // 1000, kernels.driver // 1000
-    if supported < needed:
-        return (
-            f"the driver supports CUDA {cuda_version(kernels.driver)} and they were compiled for CUDA "
-            f"{cuda_version(kernels.runtime)}. Install a driver for CUDA {needed} or newer, or build freezeops with "
-            f"the compiler of CUDA {max(supported, 12)}."
-        )
-    for gpu in gpus:
-        if gpu.capability and not kernels.run_on(gpu.capability):
-            if dataclasses.replace(kernels, driver=kernels.runtime).run_on(gpu.capability):
-                return (
-                    f"{gpu.name} needs them compiled by the driver, which supports CUDA {cuda_version(kernels.driver)} "
-                    f"and not the {cuda_version(kernels.runtime)} that they are of. Install a driver for CUDA "
-                    f"{cuda_version(kernels.runtime)} or newer, or build freezeops with "
-                    f"FREEZEOPS_CUDA_ARCHITECTURES={gpu.capability}."
-                )
-            built_for = ", ".join(f"{each / 10}" for each in kernels.architectures)
-            return (
-                f"{gpu.name} has compute capability {gpu.capability / 10} and they were compiled for {built_for}. "
-                f"Build freezeops with FREEZEOPS_CUDA_ARCHITECTURES={gpu.capability}, and a CUDA compiler that knows "
-                "this GPU."
-            )
-    return None
-
-
-def cuda_version(number: int) -> str:
-    """1000 * major + 10 * minor as people write it."""
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _library(dtype: tf.DType = tf.float32) -> ModuleType | None:
@@ -314,14 +236,24 @@ def _mask_slices_gradient(op: tf.Operation, upstream: tf.Tensor) -> list[tf.Tens
     return [masked, None, None]
 
 
-tf.RegisterGradient("Freezeops>MaskGradient")(_mask_gradient_gradient)
-tf.RegisterGradient("Freezeops>MaskSlices")(_mask_slices_gradient)
-tf.no_gradient("Freezeops>RememberFrozen")
-tf.no_gradient("Freezeops>RestoreFrozen")
-tf.no_gradient("Freezeops>GatherTrainable")
-tf.no_gradient("Freezeops>ReadTrainable")
-tf.no_gradient("Freezeops>TakeTrainable")
-tf.no_gradient("Freezeops>ScatterTrainable")
-tf.no_gradient("Freezeops>RankTrainable")
-tf.no_gradient("Freezeops>SeedSlots")
-tf.no_gradient("Freezeops>FusedUpdate")
+_OPS: dict[str, Callable[..., list[tf.Tensor | None]] | None] = {
+    "mask_gradient": _mask_gradient_gradient,
+    "mask_slices": _mask_slices_gradient,
+    "remember_frozen": None,
+    "restore_frozen": None,
+    "gather_trainable": None,
+    "read_trainable": None,
+    "take_trainable": None,
+    "scatter_trainable": None,
+    "rank_trainable": None,
+    "seed_slots": None,
+    "fused_update": None,
+}
+"""Every native op by the name of its function here, and its gradient (None: it has none)."""
+
+for _name, _gradient in _OPS.items():
+    _registered = "Freezeops>" + _name.title().replace("_", "")
+    if _gradient is None:
+        tf.no_gradient(_registered)
+    else:
+        tf.RegisterGradient(_registered)(_gradient)

@@ -17,7 +17,6 @@ import platform
 import re
 import struct
 import threading
-import warnings
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,7 @@ from typing import Any
 from freezeops import backend
 from freezeops._version import __version__
 from freezeops.masks import packing
+from freezeops.notices import warn
 
 # The package's own folder, where the build installs the libraries.
 _DIRECTORY = Path(__file__).resolve().parents[1]
@@ -196,7 +196,7 @@ def _find_and_load() -> _Outcome:
     return _Outcome(module, reports)
 
 
-def _warn(reports: list[LibraryReport]) -> None:
+def _warn_without_library(reports: list[LibraryReport]) -> None:
     import tensorflow as tf
 
     running = tf.__version__
@@ -205,12 +205,10 @@ def _warn(reports: list[LibraryReport]) -> None:
         found = f"Found and refused: {found}."
     else:
         found = f"None was found in {_DIRECTORY}."
-    warnings.warn(
+    warn(
         f"freezeops {__version__} has no compiled ops for TensorFlow {running} and uses the slower reference ones, "
         f"with the same results. {found} To build them for this TensorFlow, run `{_REMEDY}` in freezeops's source "
-        "tree. To do without them and without this warning, set FREEZEOPS_BACKEND=reference.",
-        UserWarning,
-        stacklevel=3,
+        "tree. To do without them and without this warning, set FREEZEOPS_BACKEND=reference."
     )
 
 
@@ -223,7 +221,7 @@ def _outcome(used: bool = True) -> _Outcome:
         outcome, first_use = _loaded, used and not _warned
         _warned = _warned or used
     if outcome.module is None and first_use:
-        _warn(outcome.reports)
+        _warn_without_library(outcome.reports)
     return outcome
 
 

@@ -13,7 +13,7 @@ from freezeops.messages import short
 from freezeops.notices import warn
 from freezeops.registry.rules import Loaded, MaskRule
 from freezeops.step.managed import Source
-from freezeops.storage.stored import refusal
+from freezeops.storage.matching import refusal
 
 if TYPE_CHECKING:
     from freezeops.registry.registry import MaskRegistry
@@ -115,7 +115,8 @@ def _add_call(registry: MaskRegistry, rule: MaskRule, changes: Changes, all_rule
 
 
 def _add_load(registry: MaskRegistry, loaded: Loaded, changes: Changes) -> None:
-    found, problems = registry.find_stored(loaded, registry.index, changes.passed)
+    found, problems, passed = registry.find_stored(loaded, registry.index)
+    changes.passed += passed
     if problems and not loaded.skip:
         raise refusal(problems, registry.index.named)
     for position, stored in found.items():

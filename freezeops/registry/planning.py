@@ -15,7 +15,7 @@ from freezeops.registry import rules
 from freezeops.registry.changes import Changes
 from freezeops.registry.rules import Loaded, MaskRule, VariableIndex
 from freezeops.storage import saved_names
-from freezeops.storage.stored import refusal
+from freezeops.storage.matching import refusal
 
 if TYPE_CHECKING:
     from freezeops.registry.registry import MaskRegistry
@@ -124,7 +124,8 @@ class Planner:
 
     def _add_load(self, loaded: Loaded) -> None:
         planned, index = self._planned, self._index
-        found, problems = self._registry.find_stored(loaded, index, planned.changes.passed)
+        found, problems, passed = self._registry.find_stored(loaded, index)
+        planned.changes.passed += passed
         if problems and not loaded.skip:
             if not loaded.by_call:
                 self._registry.rules.remove(loaded)  # so that the next attempt goes on without it

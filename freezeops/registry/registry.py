@@ -22,7 +22,9 @@ from freezeops.registry.rules import Loaded, MaskRule, VariableIndex
 from freezeops.step.managed import ManagedVariable
 from freezeops.step.traced_writes import TracedWrites
 from freezeops.storage import saved_names
-from freezeops.storage.stored import Stored, StoredMask, find
+from freezeops.storage.matching import Matches, find_variables
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import StoredMask
 
 
 class MaskRegistry:
@@ -170,24 +172,13 @@ class MaskRegistry:
         loaded = [Loaded(masks, by_call=True, layouts=dict(layouts), strict=strict)] if stored.masks else []
         self.add(*loaded, *rules_config.from_config(stored.rules))
 
-    def find_stored(
-        self, loaded: Loaded, index: VariableIndex, passed: list[str] | None = None
-    ) -> tuple[dict[int, StoredMask], list[str]]:
-        """Finds the variable of each mask of a load.
-
-        Args:
-            loaded: The load.
-            index: The variables.
-            passed: Gets the paths of masks of variables that are not trained here.
-
-        Returns:
-            The masks by the variable's position, and messages of what does not fit.
-        """
+    def find_stored(self, loaded: Loaded, index: VariableIndex) -> Matches:
+        """Returns the masks of a load by their variable's position, and what does not fit."""
         # A variable of the model that is not trained here: its mask must not go to another one.
         others = sorted(paths_of_model(self.owner) - set(index.paths))
         saved = self.saved.items()
         layouts = {name: Layout(*each["layout"]) for name, each in saved if "layout" in each} | dict(loaded.layouts)
-        return find(loaded.stored, index.named, layouts, loaded.strict, others, [] if passed is None else passed)
+        return find_variables(loaded.stored, index.named, layouts, loaded.strict, others)
 
     def carry_out(self, changes: Changes) -> None:
         """Sets masks that nothing can go wrong with any more."""

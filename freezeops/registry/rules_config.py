@@ -17,7 +17,8 @@ from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.registry.rules import LEFT_OUT, Booleans, ExactPath, Loaded, MaskRule
 from freezeops.storage.saved_names import Named
-from freezeops.storage.stored import RawMask, Stored, StoredMask
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import RawMask, StoredMask
 
 LIMIT = 1 << 20
 """How many bytes of compressed masks a config holds."""

@@ -15,7 +15,7 @@ from freezeops.partitions.compact import CompactPartition, inner_shape
 from freezeops.partitions.partition import MaskedPartition
 from freezeops.slots.catalogue import Slot
 from freezeops.slots.unfreezing import Policy, VariableSlots
-from freezeops.storage.stored import StoredMask
+from freezeops.storage.stored_mask import StoredMask
 
 
 class EntryState(NamedTuple):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import freezeops as fz
-from freezeops.registry.rules import named_entries
+from freezeops.masks.where import named_entries
 
 
 def dense_model(names=("encoder", "head")):
