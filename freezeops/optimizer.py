@@ -38,10 +38,13 @@ from freezeops.keras_compat.wrapped import (
     base_optimizers,
     build_without_slots,
     hide_trained_variables,
+    own_step_counter,
     recording_slots,
     replace_variable,
     step_count,
     step_counter,
+    strategy_of,
+    trained_variables,
     wrapped_optimizers,
 )
 from freezeops.masks import layout
@@ -436,7 +439,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         return part
 
     def _beside(self, variable: Variable) -> AbstractContextManager:
-        return self._distribution_strategy.extended.colocate_vars_with(tf_variable(variable))
+        return strategy_of(self).extended.colocate_vars_with(tf_variable(variable))
 
     def _make_state(self, variable: Variable, values: np.ndarray, what: str, key: str) -> keras.Variable:
         """A variable of integers beside one of the model's."""
@@ -534,7 +537,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             if isinstance(formula, UpdateFormula):
                 seeding = self._state.seedings.setdefault(id(base), Seeding(base))
                 updates = FusedUpdates(self.inner_optimizer, base, formula, seeding)
-            for number, variable in enumerate(base._trainable_variables):
+            for number, variable in enumerate(trained_variables(base)):
                 position = self._state.index.find_position(variable)
                 if position is None:
                     continue
@@ -644,7 +647,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                 at_least=capacity is None,
             )
         self._state.capacity = dict(given) if isinstance(given, Mapping) else given
-        with self._distribution_strategy.scope():
+        with strategy_of(self).scope():
             for position, plan in plans.items():
                 self._rebuild(position, plan)
             self._after_change(set(plans))
@@ -853,7 +856,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         return (
             isinstance(gradient, tf.IndexedSlices)
             # Replicas also write the rows of each other's gradients.
-            and self._distribution_strategy.num_replicas_in_sync == 1
+            and strategy_of(self).num_replicas_in_sync == 1
             and writes_only_rows_with_gradients(self.inner_optimizer)
             and part.way == "full"
             and getattr(part.variable, "constraint", None) is None
@@ -878,7 +881,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         finally:
             _applying_pairs.reset(token)
         # Keras's own returns a counter that stands still where a `LossScaleOptimizer` is inside.
-        is_counter = call.result is None or call.result is self.inner_optimizer._iterations
+        is_counter = call.result is None or call.result is own_step_counter(self.inner_optimizer)
         return step_counter(self.inner_optimizer) if is_counter else call.result
 
     @tf.autograph.experimental.do_not_convert

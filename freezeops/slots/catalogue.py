@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from freezeops.keras_compat.variables import Variable, variable_path
+from freezeops.keras_compat.wrapped import momentum_product, trained_variables
 from freezeops.messages import short
 
 Role = Literal["first_moment", "second_moment", "history", "weight"]
@@ -141,7 +142,7 @@ def slots_of(optimizer: keras.optimizers.Optimizer) -> Iterator[tuple[Variable, 
         optimizer: One that wraps no other.
     """
     declared = next((_SLOTS[cls] for cls in type(optimizer).__mro__ if cls in _SLOTS), {})
-    for index, variable in enumerate(optimizer._trainable_variables):
+    for index, variable in enumerate(trained_variables(optimizer)):
         found = []
         for attribute, slot in declared.items():
             variables = getattr(optimizer, attribute, None) or []
@@ -190,7 +191,7 @@ def _nadam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
     decay, beta_1, beta_2 = (keras.ops.cast(value, dtype) for value in (0.96, optimizer.beta_1, optimizer.beta_2))
     u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, step))
     next_u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, next_step))
-    product = keras.ops.cast(optimizer._u_product, dtype)
+    product = keras.ops.cast(momentum_product(optimizer), dtype)
     rest = [next_u, 1 - product * next_u, 1 - u, 1 - product, 1 - keras.ops.power(beta_2, step)]
     return [rate, 1 - beta_1, 1 - beta_2, optimizer.epsilon, *rest]
 

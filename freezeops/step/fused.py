@@ -17,7 +17,7 @@ import tensorflow as tf
 from freezeops import ops
 from freezeops.keras_compat.hooks import UpdateHook, updating_together
 from freezeops.keras_compat.variables import Variable, component_beside, device_of, dtype_name, variable_key
-from freezeops.keras_compat.wrapped import wrapped_optimizers
+from freezeops.keras_compat.wrapped import decays_weight, wrapped_optimizers
 from freezeops.masks.layout import Layout
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
@@ -284,7 +284,7 @@ class FusedStep(UpdateHook):
             bits=None if masked is None else beside(masked.bits),
             ranks=None if index is None else (beside(index.offsets), beside(index.indices)),
             unseeded=None if slots is None else beside(slots.unseeded),
-            decays=optimizer.weight_decay is not None and optimizer._use_weight_decay(variable),
+            decays=optimizer.weight_decay is not None and decays_weight(optimizer, variable),
         )
 
 
