@@ -15,7 +15,7 @@ import tensorflow as tf
 from freezeops import ops
 from freezeops.files.checkpoints import MaskStore
 from freezeops.keras_compat import stored_state
-from freezeops.keras_compat.known import writes_only_given, writes_only_rows_with_gradients
+from freezeops.keras_compat.known import writes_only_given
 from freezeops.keras_compat.loading import paths_of_model
 from freezeops.keras_compat.options import InnerOption, InnerOptions
 from freezeops.keras_compat.patches import guard_swaps, loss_scaler_that_builds, mask_before_loss_scaling
@@ -63,8 +63,8 @@ from freezeops.registry import masking, rules, rules_config
 from freezeops.registry.masking import FrozenEntries
 from freezeops.registry.rules import Loaded
 from freezeops.slots import unfreezing
-from freezeops.slots.catalogue import UpdateFormula, slots_of
-from freezeops.slots.elementwise import check_elementwise
+from freezeops.slots.catalogue import UpdateFormula
+from freezeops.slots.lookup import check_elementwise, slots_of, writes_only_rows_with_gradients
 from freezeops.slots.moving import (
     CompactSlots,
     EntryState,
