@@ -253,7 +253,7 @@ class FusedStep(UpdateHook):
                 together,
                 scalars,
                 [number for number, _ in seeded],
-                [2 if slot.role == "second_moment" else 1 for _, slot in seeded],
+                [slot.power for _, slot in seeded],
                 scales,
             )
 
