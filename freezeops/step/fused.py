@@ -242,7 +242,7 @@ class FusedStep(UpdateHook):
             variable = component_beside(whole, group.variables[0], first)
             included = self._updates.included[variable_key(part.variable)]
             states, slots = included.states, included.seeded
-            fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
+            fused.append(self._fused_operand(part, variable, gradient, compact, states, slots))
             if slots is not None:
                 seeded = slots.seeded_among(states)  # the same for all
         scalars = tf.stack([_scalar(value, dtype) for value in (step, *decay, *others)])
@@ -257,7 +257,7 @@ class FusedStep(UpdateHook):
                 scales,
             )
 
-    def _fused_variable(
+    def _fused_operand(
         self,
         part: Partition,
         variable: tf.Variable,
@@ -265,7 +265,7 @@ class FusedStep(UpdateHook):
         compact: bool,
         states: Sequence[Variable],
         slots: VariableSlots | None,
-    ) -> ops.FusedVariable:
+    ) -> ops.FusedOperand:
         optimizer = self._updates.optimizer
         # What the optimizer was built with, of which `variable` is a copy (or of whose model's variable it is).
         own = part.inner_variable if self._gathers else part.variable
@@ -276,7 +276,7 @@ class FusedStep(UpdateHook):
         # A compact variable by itself has an entry for each trainable one, and room.
         masked = part if isinstance(part, MaskedPartition) and compact == isinstance(part, CompactPartition) else None
         index = part.index if isinstance(part, CompactPartition) and compact else None
-        return ops.FusedVariable(
+        return ops.FusedOperand(
             variable=variable,
             gradient=tf.cast(gradient, variable.dtype),
             slots=[beside(state) for state in states],
@@ -299,14 +299,14 @@ _LARGE = 1 << 16
 """From how many entries on a variable is worth a call of its own."""
 
 
-def _calls(variables: list[ops.FusedVariable]) -> list[list[ops.FusedVariable]]:
+def _calls(operands: list[ops.FusedOperand]) -> list[list[ops.FusedOperand]]:
     """Which variables are updated in one call.
 
     In a graph a large one by itself, as soon as its gradient is there: the backward pass goes on meanwhile, and the
     gradient's memory is free for it.
     """
     if tf.executing_eagerly():
-        return [variables]
-    small = [one for one in variables if one.layout.size < _LARGE]
-    large = [[one] for one in variables if one.layout.size >= _LARGE]
+        return [operands]
+    small = [operand for operand in operands if operand.layout.size < _LARGE]
+    large = [[operand] for operand in operands if operand.layout.size >= _LARGE]
     return [small, *large] if small else large
