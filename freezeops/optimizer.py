@@ -38,7 +38,7 @@ from freezeops.registry.registry import MaskRegistry, awaiting_message
 from freezeops.registry.repack import Repacker
 from freezeops.registry.rules import VariableIndex
 from freezeops.slots import unfreezing
-from freezeops.slots.elementwise import check_elementwise
+from freezeops.slots.lookup import check_elementwise
 from freezeops.step.binding import SlotBinding
 from freezeops.step.managed import ManagedVariable
 from freezeops.step.step import Step, masks_in_use

@@ -20,7 +20,7 @@ from freezeops.registry.changes import changes_of
 from freezeops.registry.planning import Planned
 from freezeops.registry.registry import MaskRegistry
 from freezeops.registry.rules import Loaded
-from freezeops.slots.moving import fitted_slot
+from freezeops.slots.loading import fitted_slot
 from freezeops.step.binding import SlotBinding
 from freezeops.step.managed import ManagedVariable
 from freezeops.storage import saved_names

@@ -19,7 +19,7 @@ from freezeops.ops import reference
 from freezeops.ops.gradients import Gradient, mask_with_bits
 from freezeops.partitions.capacity import beyond_capacity_message
 from freezeops.partitions.guards import Guard
-from freezeops.partitions.partition import Description, FusedOperand, MaskedPartition, Taken
+from freezeops.partitions.partition import Description, MaskedPartition, MaskOperand, Taken
 
 
 def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int, ...]:
@@ -180,8 +180,8 @@ class CompactPartition(MaskedPartition):
         self.check_not_pending()
         return super().take_whole(gradient, masked)
 
-    def fused_operand(self) -> FusedOperand:
-        return FusedOperand(self.layout, self._bits, (self._index.offsets, self._index.indices))
+    def mask_operand(self) -> MaskOperand:
+        return MaskOperand(self.layout, self._bits, (self._index.offsets, self._index.indices))
 
     def _follow_variable(self, indices: list[IndexTensors]) -> None:
         """Gives the compact variable the settings that the model's has when a step begins."""

@@ -33,7 +33,7 @@ class Taken(NamedTuple):
     guard: Guard
 
 
-class FusedOperand(NamedTuple):
+class MaskOperand(NamedTuple):
     """What a fused update needs to know of a mask.
 
     Attributes:
@@ -125,9 +125,9 @@ class Partition(ABC):
         """
         return Taken(self.masked(gradient) if masked else self.checked(gradient), self.variable, Guard())
 
-    def fused_operand(self) -> FusedOperand:
+    def mask_operand(self) -> MaskOperand:
         """Returns the mask as a fused update of the model's variable takes it."""
-        return FusedOperand(Layout(1, 1, self.size))
+        return MaskOperand(Layout(1, 1, self.size))
 
     def guard(self) -> Guard:
         """Returns a guard for a step in which there is no gradient of the variable."""

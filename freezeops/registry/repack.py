@@ -8,17 +8,18 @@ import numpy as np
 
 from freezeops.keras_compat.variables import Variable, reshape_variable
 from freezeops.keras_compat.wrapped import replace_variable, step_count
-from freezeops.masks import layout, packing
 from freezeops.masks.mask import Mask
 from freezeops.partitions.building import PartitionBuilder
 from freezeops.partitions.compact import CompactPartition
+from freezeops.partitions.compact_values import gather_values, scatter_values
 from freezeops.partitions.full import FullPartition
 from freezeops.partitions.partition import MaskedPartition
 from freezeops.partitions.plan import CompactPlan, FullPlan, Request, plan
 from freezeops.registry import rules
 from freezeops.registry.registry import MaskRegistry
 from freezeops.registry.rules import MaskRule
-from freezeops.slots.moving import CompactSlots, EntryState, packed_into, positions_of, unpacked
+from freezeops.slots.entry_state import EntryState
+from freezeops.slots.moving import CompactSlots
 from freezeops.step.binding import SlotBinding
 from freezeops.step.managed import ManagedVariable
 
@@ -133,15 +134,15 @@ class Repacker:
         assert isinstance(made, FullPartition | CompactPartition)
         managed.partition = made
         replace_variable(self._inner_optimizer, old.inner_variable, made.inner_variable)
-        entries = positions_of(new.mask, layout.elementwise(new.mask.shape)) if made.gathers else None
+        entries = new.mask.indices() if made.gathers else None
         inner: Variable = made.inner_variable
         shape = tuple(inner.shape)
         for state, of_slot in zip(states, values, strict=True):
-            reshape_variable(state.slot, packed_into(of_slot, entries, shape), old.variable)
+            reshape_variable(state.slot, gather_values(of_slot, entries, shape), old.variable)
         self._binding.find_slots(managed)
         self._binding.find_fused()
         if managed.slots is not None and managed.slots.unseeded is not None:
-            managed.slots.unseeded.assign(packing.pack_bits(packed_into(waiting, entries, shape)))
+            managed.slots.set_waiting(gather_values(waiting, entries, shape))
 
 
 def _whole_values(
@@ -157,19 +158,19 @@ def _whole_values(
         steps: How many steps the optimizer has made.
     """
     before, slots = old.mask, managed.slots
-    elements = layout.elementwise(mask.shape)
     waiting = np.zeros(old.size, bool)
     if steps:
-        waiting[positions_of(mask & ~before, elements)] = True
-    entries, everything = positions_of(before, elements), np.arange(old.size)
+        waiting[(mask & ~before).indices()] = True
+    entries, everything = before.indices(), np.arange(old.size)
     if slots is not None and slots.unseeded is not None:
-        waiting = unpacked(slots.waiting(), entries, waiting)
+        waiting = scatter_values(slots.waiting(), entries, waiting)
     values = [
-        unpacked(state.numpy(), entries, state.initial(old.variable, (old.size,), everything)) for state in states
+        scatter_values(state.numpy(), entries, state.initial_values(old.variable, (old.size,), everything))
+        for state in states
     ]
-    if isinstance(slots, CompactSlots) and (left := slots.left(before)):
+    if isinstance(slots, CompactSlots) and (recent := slots.recently_frozen(before)):
         inner = np.arange(old.layout.inner)
-        positions = (left[0][:, None] * old.layout.inner + inner).reshape(-1)
-        for of_slot, kept in zip([*values, waiting], left[1], strict=False):
+        positions = (recent[0][:, None] * old.layout.inner + inner).reshape(-1)
+        for of_slot, kept in zip([*values, waiting], recent[1], strict=False):
             of_slot[positions] = kept.reshape(-1)
     return values, waiting

@@ -11,8 +11,10 @@ from freezeops.partitions.building import PartitionBuilder
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.full import FullPartition
 from freezeops.partitions.partition import Partition
-from freezeops.slots.catalogue import UpdateFormula, slots_of
-from freezeops.slots.moving import CompactSlots, EntryState, entry_states
+from freezeops.slots.catalogue import UpdateFormula
+from freezeops.slots.entry_state import EntryState, entry_states
+from freezeops.slots.lookup import slots_of
+from freezeops.slots.moving import CompactSlots
 from freezeops.slots.unfreezing import Policy, Seeding, VariableSlots
 from freezeops.step import fused
 from freezeops.step.formulas import formula_of

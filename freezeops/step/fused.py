@@ -20,7 +20,7 @@ from freezeops.keras_compat.variables import Variable, component_beside, device_
 from freezeops.keras_compat.wrapped import decays_weight, wrapped_optimizers
 from freezeops.masks.layout import Layout
 from freezeops.ops.gradients import Gradient
-from freezeops.partitions.partition import FusedOperand, Partition, Taken
+from freezeops.partitions.partition import MaskOperand, Partition, Taken
 from freezeops.slots.catalogue import Slot, UpdateFormula
 from freezeops.slots.unfreezing import Seeding, VariableSlots
 from freezeops.step.formulas import formula_of
@@ -93,7 +93,7 @@ class _Operand(NamedTuple):
     """
 
     included: _Included
-    mask: FusedOperand
+    mask: MaskOperand
     owned: Variable
 
 
@@ -194,10 +194,10 @@ class FusedStep(UpdateHook):
             taken = partition.take(gradient)
             # An entry for each trainable one, and room.
             assert taken.variable is not None
-            mask = FusedOperand(Layout(1, 1, math.prod(taken.variable.shape)))
+            mask = MaskOperand(Layout(1, 1, math.prod(taken.variable.shape)))
         else:
             taken = partition.take_whole(gradient, masked=not self._direct)
-            mask = partition.fused_operand()
+            mask = partition.mask_operand()
         key = variable_key(partition.variable)
         self._taken[key] = _Operand(self._updates.included[key], mask, taken.variable)
         return taken
@@ -266,11 +266,11 @@ class FusedStep(UpdateHook):
                 together,
                 scalars,
                 [number for number, _ in seeded],
-                [2 if slot.role == "second_moment" else 1 for _, slot in seeded],
+                [slot.power for _, slot in seeded],
                 scales,
             )
 
-    def _fused_operand(self, operand: _Operand, variable: tf.Variable, gradient: Gradient) -> ops.FusedVariable:
+    def _fused_operand(self, operand: _Operand, variable: tf.Variable, gradient: Gradient) -> ops.FusedOperand:
         """Returns what the op takes for one copy of a variable."""
         optimizer = self._updates.optimizer
         (_, _, states, slots), mask, owned = operand
@@ -278,7 +278,7 @@ class FusedStep(UpdateHook):
         def local(other: Variable) -> tf.Variable:
             return component_beside(other, owned, variable)
 
-        return ops.FusedVariable(
+        return ops.FusedOperand(
             variable=variable,
             gradient=tf.cast(gradient, variable.dtype),
             slots=[local(state) for state in states],
@@ -301,14 +301,14 @@ _LARGE = 1 << 16
 """From how many entries on a variable is worth a call of its own."""
 
 
-def _calls(variables: list[ops.FusedVariable]) -> list[list[ops.FusedVariable]]:
+def _calls(operands: list[ops.FusedOperand]) -> list[list[ops.FusedOperand]]:
     """Which variables are updated in one call.
 
     In a graph a large one by itself, as soon as its gradient is there: the backward pass goes on meanwhile, and the
     gradient's memory is free for it.
     """
     if tf.executing_eagerly():
-        return [variables]
-    small = [one for one in variables if one.layout.size < _LARGE]
-    large = [[one] for one in variables if one.layout.size >= _LARGE]
+        return [operands]
+    small = [operand for operand in operands if operand.layout.size < _LARGE]
+    large = [[operand] for operand in operands if operand.layout.size >= _LARGE]
     return [small, *large] if small else large

@@ -7,11 +7,10 @@ import numpy as np
 
 from freezeops.keras_compat.variables import numpy_of
 from freezeops.keras_compat.wrapped import SlotRecord
-from freezeops.masks import packing
 from freezeops.masks.mask import Mask
 from freezeops.partitions.compact import CompactPartition
+from freezeops.partitions.compact_values import gather_values, scatter_values
 from freezeops.partitions.partition import MaskedPartition, Partition
-from freezeops.slots.moving import packed_into, unpacked
 from freezeops.slots.unfreezing import VariableSlots
 from freezeops.step.fused import FusedUpdates, NotFused
 
@@ -57,7 +56,7 @@ class ManagedVariable:
             return None
         flags = slots.waiting().reshape(-1)
         if isinstance(partition, CompactPartition):
-            flags = unpacked(flags, partition.mask.indices(), np.zeros(partition.size, bool))
+            flags = scatter_values(flags, partition.mask.indices(), np.zeros(partition.size, bool))
         return Mask.from_array(flags.reshape(tuple(partition.variable.shape))) if flags.any() else None
 
     @waiting.setter
@@ -69,7 +68,7 @@ class ManagedVariable:
         if waiting is not None:
             flags = (waiting & partition.mask).to_numpy().reshape(-1)
         entries = partition.mask.indices() if isinstance(partition, CompactPartition) else None
-        slots.unseeded.assign(packing.pack_bits(packed_into(flags, entries, tuple(slots.variable.shape))))
+        slots.set_waiting(gather_values(flags, entries, tuple(slots.variable.shape)))
 
     def state_values(self) -> list[tuple[Any, np.ndarray]]:
         """Returns the variables of the slots, each with its values now."""

@@ -7,12 +7,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from freezeops.keras_compat.known import writes_only_given, writes_only_rows_with_gradients
+from freezeops.keras_compat.known import writes_only_given
 from freezeops.keras_compat.variables import Variable
 from freezeops.keras_compat.wrapped import base_optimizers
 from freezeops.ops.gradients import Gradient
 from freezeops.partitions.guards import Guard, keeping_frozen
 from freezeops.partitions.partition import MaskedPartition, Partition
+from freezeops.slots.lookup import writes_only_rows_with_gradients
 from freezeops.slots.unfreezing import Seeding
 from freezeops.step import fused
 from freezeops.step.fused import FusedStep, FusedUpdates

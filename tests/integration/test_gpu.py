@@ -227,7 +227,7 @@ def test_fused_update_passes_over_slices_out_of_range():
     variable, momentum = on_gpu(value), on_gpu(np.zeros_like(value))
     rows, values = tf.constant([1, 4, -1, 1], tf.int64), tf.ones((4, 50))
     gradient = tf.IndexedSlices(values, rows, tf.constant([4, 50], tf.int64))
-    one = ops.FusedVariable(variable, gradient, [momentum], Layout(1, 1, 200), None, None, None, False)
+    one = ops.FusedOperand(variable, gradient, [momentum], Layout(1, 1, 200), None, None, None, False)
     ops.fused_update("sgd_momentum", [one], tf.constant([0.25, 0, 0, 0.5]), [], [], [])
     value[1] = 0.5
     assert_same_bits(variable.numpy(), value)
