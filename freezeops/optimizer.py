@@ -1,49 +1,36 @@
 """`MaskedOptimizer`: freezes entries around any Keras optimizer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from freezeops.files.checkpoints import MaskStore, restore
-from freezeops.files.inner_load import InnerLoads
-from freezeops.files.keras_state import KerasState, Store, set_weights
+from freezeops.assembly import Assembly
+from freezeops.files.keras_state import Store, set_weights
 from freezeops.keras_compat import stored_state
-from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.keras_compat.options import InnerOption, KerasWrapper
 from freezeops.keras_compat.patches import guard_swaps, loss_scaler_that_builds, mask_before_loss_scaling
 from freezeops.keras_compat.variables import Variable, check_strategy
 from freezeops.keras_compat.wrapped import (
-    base_optimizers,
-    build_without_slots,
-    hide_trained_variables,
     own_step_counter,
-    recording_slots,
     step_counter,
     strategy_of,
     wrapped_optimizers,
 )
 from freezeops.messages import short
 from freezeops.ops.gradients import Gradient
-from freezeops.partitions.building import PartitionBuilder
 from freezeops.partitions.capacity import Capacity, check_capacity
 from freezeops.partitions.guards import keeping_frozen
 from freezeops.partitions.partition import Partition
 from freezeops.registry.arguments import INNER_ARGUMENTS, check_arguments
 from freezeops.registry.methods import MaskMethods, check_lengths, mask_pairs
-from freezeops.registry.planning import Planned
-from freezeops.registry.registry import MaskRegistry, awaiting_message
-from freezeops.registry.repack import Repacker
-from freezeops.registry.rules import VariableIndex
 from freezeops.slots import unfreezing
 from freezeops.slots.lookup import check_elementwise
-from freezeops.step.binding import SlotBinding
-from freezeops.step.managed import ManagedVariable
 from freezeops.step.step import Step, masks_in_use
 from freezeops.step.traced_writes import guarded
-from freezeops.storage.stored import Stored
 
 _INNER_ARGUMENTS = (*INNER_ARGUMENTS, "loss_scale_factor", "gradient_accumulation_steps")
 
@@ -68,7 +55,7 @@ _applying_pairs: ContextVar[_PairsCall | None] = ContextVar("_applying_pairs", d
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
+class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any Keras optimizer. Gradients are masked by selection before anything
@@ -162,20 +149,13 @@ class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._fused = fused
-        self._registry = MaskRegistry(self, maskable, self._masks_changed, state == "compact", capacity)
-        self._masks = MaskStore(self._checkpointed, self._restored)
-        self._builder = PartitionBuilder(self.name, self._masks.add, strategy_of(self))
-        self._binding = SlotBinding(inner_optimizer, unfreeze_policy, self._builder)
-        self._inner_loads = InnerLoads(self._registry, self._binding, inner_optimizer)
-        self._keras_state = KerasState(self._registry, self._inner_loads)
-        self._inner_loads.take_masks_by(self._keras_state.take_entries)
+        self._assembly = Assembly(self, inner_optimizer, state == "compact", maskable, capacity, unfreeze_policy)
+        self._masks = self._assembly.masks  # for TensorFlow's tracking
+        self._registry = self._assembly.registry
         self.register_masks(masks or {})
 
-    def _masks_changed(self, changed: Sequence[ManagedVariable]) -> None:
-        self._binding.clear_frozen(changed)
-
     def _averages(self) -> Iterator[tuple[Partition, Variable]]:
-        return self._binding.averages()
+        return self._assembly.binding.averages()
 
     # Building.
 
@@ -193,64 +173,11 @@ class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
             mask_before_loss_scaling(scaler, self._mask_for_scaler)
         variables = list(variables)
         if not self.built and variables:  # a model from an .h5 file builds its optimizer with no variables first
-            self._build(variables)
+            self._assembly.build(variables)
+            guard_swaps(_guard_of)
         if scaler is not None:
             with tf.init_scope():
                 stored_state.assign_waiting(scaler)
-
-    def _build(self, variables: list[Variable]) -> None:
-        check_strategy(tf.distribute.get_strategy())
-        planned = self._registry.plan(VariableIndex(variables), self.inner_optimizer.built)
-        planned.changes.warn()
-        self._check_can_build(planned)
-        is_waiting = self._inner_loads.is_waiting(planned)
-        try:
-            self._registry.index = planned.index
-            # Compact variables are filled at once, and so is what was loaded, also where a function is traced.
-            with tf.init_scope() if self.state == "compact" or is_waiting else nullcontext():
-                self._make_partitions(planned)
-        except BaseException:
-            # The next attempt begins anew.
-            self._registry.managed = []
-            self._binding.clear()
-            self._masks.clear()
-            raise
-        build_without_slots(self, variables)
-        self._registry.keep_planned(planned)
-        guard_swaps(_guard_of)
-        if is_waiting:
-            with tf.init_scope():
-                self._inner_loads.assign_waiting(planned)
-        self._registry.warn_of_problems()
-
-    def _check_can_build(self, planned: Planned) -> None:
-        if self.inner_optimizer.built and any(plan.mode == "compact" for plan in planned.plans):
-            raise ValueError(
-                "`inner_optimizer` must not be built before it is wrapped for state='compact': its slots have the "
-                f"shapes of whole variables. Received: inner_optimizer={self.inner_optimizer!r}, which is built"
-            )
-        if not tf.executing_eagerly() and (awaiting := planned.paths_without_mask()):
-            # Now, and not when gradients are taken: a `tf.function` whose first trace fails after variables were
-            # created does nothing when it is called again (seen in TensorFlow 2.21).
-            raise ValueError(awaiting_message(awaiting))
-
-    def _make_partitions(self, planned: Planned) -> None:
-        """Creates the masks and builds the inner optimizer, unless it is built."""
-        partitions = [
-            self._builder.partition(variable, plan, position)
-            for position, (variable, plan) in enumerate(zip(planned.index.variables, planned.plans, strict=True))
-        ]
-        self._registry.managed = [ManagedVariable(partition) for partition in partitions]
-        records = None
-        if not self.inner_optimizer.built:
-            inner_variables = [partition.inner_variable for partition in partitions]
-            with recording_slots(self.inner_optimizer) as records:
-                # Not under Keras's `no_automatic_dependency_tracking`, as its own wrapper builds: Nadam's and
-                # Adafactor's state would not be tracked and not be saved.
-                self.inner_optimizer.build([variable for variable in inner_variables if variable is not None])
-            if self.state == "compact":
-                hide_trained_variables(self.inner_optimizer)
-        self._binding.bind(self._registry.managed, records)
 
     def _mask_for_scaler(
         self, gradients: Sequence[Gradient | None], variables: Sequence[Variable] | None
@@ -309,14 +236,7 @@ class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
             raise RuntimeError("`repack` must be called outside of `tf.function`. Received: a call while one is traced")
         pairs = mask_pairs(masks)
         check_capacity(capacity)
-        repacker = Repacker(self._registry, self._builder, self._binding, self.inner_optimizer)
-        plans = repacker.plans(pairs, capacity)
-        if capacity is not None:
-            self._registry.capacity = dict(capacity) if isinstance(capacity, Mapping) else capacity
-        with strategy_of(self).scope():
-            for position, plan in plans.items():
-                repacker.rebuild(position, plan)
-            self._masks_changed([self._registry.managed[position] for position in plans])
+        self._assembly.repack(pairs, capacity)
 
     # Training.
 
@@ -360,7 +280,7 @@ class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
                 # All are frozen for good; the inner optimizer would not count the step.
                 step_counter(self.inner_optimizer).assign_add(1)
                 return
-            step.run(lambda: self._update(step), self._binding.seedings, self._binding.averages())
+            step.run(lambda: self._update(step), self._assembly.binding.seedings, self._averages())
 
     def _update(self, step: Step) -> None:
         """Has the inner optimizer update what a step has taken."""
@@ -402,43 +322,6 @@ class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
         with self._frozen_entries():
             self.inner_optimizer.finalize_variable_values(inner)
 
-    @tf.autograph.experimental.do_not_convert
-    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        """The loss, scaled as the inner optimizer wants it."""
-        return self.inner_optimizer.scale_loss(loss)
-
-    @property
-    def loss_scale_factor(self) -> float | None:
-        """The inner optimizer's; whatever wraps this one switches it off by setting `None`."""
-        return self.inner_optimizer.loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, factor: float | None) -> None:
-        # The base class sets its own default before there is an inner optimizer.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.loss_scale_factor = factor
-
-    @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self) -> Any:
-        """The inner optimizer's count of steps."""
-        return self.inner_optimizer.iterations
-
-    def exclude_from_weight_decay(
-        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
-    ) -> None:
-        """Excludes variables from the inner optimizer's weight decay; see Keras."""
-        for optimizer in base_optimizers(self.inner_optimizer):
-            optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
-
     # State.
 
     @property
@@ -460,7 +343,7 @@ class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
         Raises:
             ValueError: If rules wait for the optimizer to be built that name variables by the object.
         """
-        self._keras_state.save(store)
+        self._assembly.keras_state.save(store)
 
     def load_own_variables(self, store: Store) -> None:
         """Loads the masks; before the optimizer is built, keeps them until it is.
@@ -472,21 +355,15 @@ class MaskedOptimizer(MaskMethods, InnerOptions, keras.optimizers.Optimizer):
             ValueError: If the file's masks are not those of this optimizer's variables; no mask was changed then.
                 (Keras has loaded the model's weights before it comes here.)
         """
-        self._keras_state.load(store)
+        self._assembly.keras_state.load(store)
 
     def load_shifted(self, entries: Mapping[str, Any]) -> None:
         """See `KerasState.load_shifted`; a `LossScaleOptimizer` around calls it."""
-        self._keras_state.load_shifted(entries)
+        self._assembly.keras_state.load_shifted(entries)
 
     def build_to_load(self, model: Any) -> None:
         """See `KerasState.build_to_load`; a `LossScaleOptimizer` around calls it."""
-        self._keras_state.build_to_load(model)
-
-    def _checkpointed(self) -> bytes:
-        return self._keras_state.stored().to_bytes()
-
-    def _restored(self, stored: Stored) -> None:
-        restore(self._registry, stored)
+        self._assembly.keras_state.build_to_load(model)
 
     def get_config(self) -> dict[str, Any]:
         """The configuration: the inner optimizer, each variable's way and layout, and the masks.

@@ -1,9 +1,13 @@
 """Options of the inner optimizer, read from the optimizer around it and set on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from freezeops.keras_compat.wrapped import is_multi_optimizer, wrapped_optimizers
+import keras
+import tensorflow as tf
+
+from freezeops.keras_compat.variables import Variable
+from freezeops.keras_compat.wrapped import base_optimizers, is_multi_optimizer, wrapped_optimizers
 
 
 class InnerOption:
@@ -109,6 +113,49 @@ class InnerOptions:
                 f"Received: {name}={value!r} for {optimizer.name!r}, which is built without"
             )
         setattr(optimizer, name, value)
+
+
+class KerasWrapper(InnerOptions):
+    """Hands on to the inner optimizer all that Keras 3 asks of an optimizer around a step: a mix-in."""
+
+    inner_optimizer: keras.optimizers.Optimizer
+
+    @tf.autograph.experimental.do_not_convert
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
+        """Returns the loss, scaled as the inner optimizer wants it."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """The inner optimizer's; whatever wraps this one switches it off by setting `None`."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: float | None) -> None:
+        # The base class sets its own default before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = factor
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> Any:
+        """The inner optimizer's count of steps."""
+        return self.inner_optimizer.iterations
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from the inner optimizer's weight decay; see Keras."""
+        for optimizer in base_optimizers(self.inner_optimizer):
+            optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
 
 _SLOTS = {
