@@ -5,7 +5,7 @@ name that the checkpoint keeps of it. They are read as far as they leave one rea
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,12 @@ _OLD = re.compile(r"(?:unseeded )?\d+(?: offsets| indices)?")
 _KEY = "stored"
 
 
-class _Text(tf.train.experimental.PythonState):
-    """The string.
+class _StoredText(tf.train.experimental.PythonState):
+    """The one string that a checkpoint holds.
 
     Args:
-        save: Gives it.
-        restore: Takes what a checkpoint holds.
+        save: Returns the string.
+        restore: Called with the content of a checkpoint that is restored.
     """
 
     def __init__(self, save: Callable[[], bytes], restore: Callable[[Stored], Any]):
@@ -42,32 +42,32 @@ class _Text(tf.train.experimental.PythonState):
 
 
 class MaskStore(Tracked):
-    """What TensorFlow tracks of an optimizer's masks.
+    """The masks of an optimizer, as TensorFlow tracks them.
 
     A checkpoint holds them as one string. A SavedModel holds the variables, which its functions use.
 
     Args:
-        save: Gives the string.
-        restore: Takes what a checkpoint holds.
+        save: Returns the string.
+        restore: Called with the content of a checkpoint that is restored.
     """
 
     def __init__(self, save: Callable[[], bytes], restore: Callable[[Stored], Any]):
         super().__init__()
-        self._text = _Text(save, restore)
-        self._hidden: dict[str, tf.Variable] = {}
+        self._text = _StoredText(save, restore)
+        self._variables: dict[str, tf.Variable] = {}
         self._restore = restore
         self._old_checkpoint: Any = None
 
     def add(self, key: str, variable: Variable) -> None:
-        """Includes a variable that functions use."""
-        self._hidden[key] = tf_variable(variable)
+        """Adds a variable that functions use."""
+        self._variables[key] = tf_variable(variable)
 
     def clear(self) -> None:
-        """Forgets all variables."""
-        self._hidden = {}
+        """Removes all variables."""
+        self._variables = {}
 
     def children(self, save_type: str) -> dict[str, Any]:  # noqa: D102
-        return {_KEY: self._text} if save_type == "checkpoint" else dict(self._hidden)
+        return {_KEY: self._text} if save_type == "checkpoint" else dict(self._variables)
 
     def child_to_restore(self, name: str) -> Any:  # noqa: D102
         if name == _KEY:
@@ -84,11 +84,7 @@ class MaskStore(Tracked):
                 f"Received: {name!r}"
             )
         checkpoint = position.checkpoint
-        variables = {
-            child.local_name: checkpoint.object_graph_proto.nodes[child.node_id].attributes[0]
-            for child in position.object_proto.children
-            if checkpoint.object_graph_proto.nodes[child.node_id].attributes
-        }
+        variables = child_variables(position.object_proto, checkpoint.object_graph_proto.nodes)
         reader = tf.train.load_checkpoint(checkpoint.save_path_string)
         if self._old_checkpoint is not checkpoint:
             self._restore(Stored(list(old_masks(variables, reader))))
@@ -96,19 +92,33 @@ class MaskStore(Tracked):
         return Ignored(reader.get_variable_to_dtype_map()[variables[name].checkpoint_key])
 
 
-def old_masks(variables: Mapping[str, Any], reader: Any) -> Iterator[RawMask]:
-    """The masks of a checkpoint that was written before layouts were stored.
+def child_variables(node: Any, nodes: Sequence[Any]) -> dict[str, Any]:
+    """Returns the variables among the children of a node of a checkpoint's object graph, by the child's name.
 
     Args:
-        variables: By the name under the optimizer's masks: attributes `full_name` and `checkpoint_key`.
-        reader: Of the checkpoint.
+        node: The node.
+        nodes: All nodes of the graph.
+
+    Returns:
+        Attributes of variables: each has a `full_name` and a `checkpoint_key`.
+    """
+    children = {child.local_name: nodes[child.node_id].attributes for child in node.children}
+    return {name: attributes[0] for name, attributes in children.items() if attributes}
+
+
+def old_masks(variables: Mapping[str, Any], reader: Any) -> Iterator[RawMask]:
+    """Yields the masks of a checkpoint that was written before layouts were stored.
+
+    Args:
+        variables: The variables under an optimizer's masks, as `child_variables` returns them.
+        reader: The checkpoint, from `tf.train.load_checkpoint`.
     """
 
     def bits(name: str) -> np.ndarray:
         return np.asarray(reader.get_tensor(variables[name].checkpoint_key))
 
     for name in sorted((name for name in variables if name.isdigit()), key=int):
-        # `masked_optimizer/head_kernel_mask`: slashes of the path have become lines.
+        # `masked_optimizer/head_kernel_mask`: slashes of the path have become underscores.
         path = variables[name].full_name.rpartition("/")[2].removesuffix("_mask")
         waiting = f"unseeded {name}"
         yield RawMask(path, bits(name), bits(waiting) if waiting in variables else None, slashes=False)

@@ -78,7 +78,7 @@ def load_masks(
     """
     optimizer, path = masked_optimizer(optimizer), Path(path)
     layouts: dict[str, Layout] = {}
-    of_masks = not mask_sources.is_one(path)
+    of_masks = not mask_sources.is_source(path)
     if not of_masks:
         stored, layouts = mask_sources.read(path)
     else:
