@@ -242,7 +242,12 @@ def _shortened(path: str, width: int) -> str:
         if len("/".join(parts)) <= width:
             break
         parts[i] = _short_part(parts[i], len(parts[i]) - (len("/".join(parts)) - width))
-    return "/".join(parts)
+    if len("/".join(parts)) <= width:
+        return "/".join(parts)
+    # Still too long: several parts without a number become one.
+    kept = [part if re.search(r"\d", part) else "…" for part in parts[:-1]]
+    joined = [part for i, part in enumerate(kept) if part != "…" or kept[i - 1 : i] != ["…"]]
+    return "/".join([*joined, parts[-1]])
 
 
 def _short_part(part: str, width: int) -> str:
