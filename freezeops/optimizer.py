@@ -15,7 +15,7 @@ import tensorflow as tf
 from freezeops import ops
 from freezeops.files.checkpoints import MaskStore
 from freezeops.keras_compat import stored_state
-from freezeops.keras_compat.known import writes_only_given, writes_only_rows_with_gradients
+from freezeops.keras_compat.known import writes_only_given
 from freezeops.keras_compat.loading import paths_of_model
 from freezeops.keras_compat.options import InnerOption, InnerOptions
 from freezeops.keras_compat.patches import guard_swaps, loss_scaler_that_builds, mask_before_loss_scaling
@@ -47,11 +47,11 @@ from freezeops.keras_compat.wrapped import (
     trained_variables,
     wrapped_optimizers,
 )
-from freezeops.masks import layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.partitions import compact, partition
 from freezeops.partitions.compact import Capacity, CompactPartition, TrainableIndex
+from freezeops.partitions.compact_values import gather_values, scatter_values
 from freezeops.partitions.partition import (
     FullPartition,
     MaskedPartition,
@@ -63,19 +63,14 @@ from freezeops.registry import masking, rules, rules_config
 from freezeops.registry.masking import FrozenEntries
 from freezeops.registry.rules import Loaded
 from freezeops.slots import unfreezing
-from freezeops.slots.catalogue import slots_of
-from freezeops.slots.elementwise import check_elementwise
-from freezeops.slots.moving import (
-    CompactSlots,
-    EntryState,
-    entry_states,
-    fitted_slot,
-    packed_into,
-    positions_of,
-    unpacked,
-)
+from freezeops.slots.catalogue import UpdateFormula
+from freezeops.slots.entry_state import EntryState, entry_states
+from freezeops.slots.loading import fitted_slot
+from freezeops.slots.lookup import check_elementwise, slots_of, writes_only_rows_with_gradients
+from freezeops.slots.moving import CompactSlots
 from freezeops.slots.unfreezing import Seeding, VariableSlots
 from freezeops.step import fused
+from freezeops.step.formulas import formula_of
 from freezeops.step.fused import FusedStep, FusedUpdates
 from freezeops.step.traced_writes import guarded
 from freezeops.storage import saved_names
@@ -259,7 +254,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             return None
         flags = slots.waiting().reshape(-1)
         if isinstance(part, CompactPartition):
-            flags = unpacked(flags, part.mask.indices(), np.zeros(part.size, bool))
+            flags = scatter_values(flags, part.mask.indices(), np.zeros(part.size, bool))
         return Mask.from_array(flags.reshape(tuple(part.variable.shape))) if flags.any() else None
 
     def _set_waiting(self, position: int, waiting: Mask | None) -> None:
@@ -268,7 +263,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             return
         flags = np.zeros(part.size, bool) if waiting is None else (waiting & part.mask).to_numpy().reshape(-1)
         entries = part.mask.indices() if isinstance(part, CompactPartition) else None
-        slots.unseeded.assign(ops.pack_bits(packed_into(flags, entries, tuple(slots.variable.shape))))
+        slots.set_waiting(gather_values(flags, entries, tuple(slots.variable.shape)))
 
     def _slot_names(self) -> list[tuple[str, list[tuple[str | None, str]]]]:
         names = [name for name, _ in self._state.index.named]
@@ -531,17 +526,17 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         """Finds out which variables can be updated in one pass."""
         self._state.updates = {}
         for base in base_optimizers(self.inner_optimizer):
-            rule = fused.rule_of(base, self.inner_optimizer)
+            formula = formula_of(base, self.inner_optimizer)
             updates: FusedUpdates | None = None
-            if isinstance(rule, fused.Rule):
+            if isinstance(formula, UpdateFormula):
                 seeding = self._state.seedings.setdefault(id(base), Seeding(base))
-                updates = FusedUpdates(self.inner_optimizer, base, rule, seeding)
+                updates = FusedUpdates(self.inner_optimizer, base, formula, seeding)
             for number, variable in enumerate(trained_variables(base)):
                 position = self._state.index.find_position(variable)
                 if position is None:
                     continue
                 part = self._state.partitions[position]
-                why = rule if isinstance(rule, str) else fused.reason_against(part)
+                why = formula if isinstance(formula, str) else fused.reason_against(part)
                 if why or updates is None:
                     self._state.updates[position] = why
                     continue
@@ -663,23 +658,23 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             return
         slots = self._state.slots.get(position)
         optimizer, states = self._states_of(position)
-        elements = layout.elementwise(new.shape)
         waiting = np.zeros(old.size, bool)
         if isinstance(old, CompactPartition):
             if optimizer is not None and step_count(optimizer):
-                waiting[positions_of(new & ~before, elements)] = True
-            entries, everything = positions_of(before, elements), np.arange(old.size)
+                waiting[(new & ~before).indices()] = True
+            entries, everything = before.indices(), np.arange(old.size)
             if slots is not None and slots.unseeded is not None:
-                waiting = unpacked(slots.waiting(), entries, waiting)
+                waiting = scatter_values(slots.waiting(), entries, waiting)
             values = [
-                unpacked(state.numpy(), entries, state.initial(old.variable, (old.size,), everything))
+                scatter_values(state.numpy(), entries, state.initial_values(old.variable, (old.size,), everything))
                 for state in states
             ]
-            if isinstance(slots, CompactSlots) and (left := slots.left(before)):
+            if isinstance(slots, CompactSlots) and (recent := slots.recently_frozen(before)):
+                positions, recent_values = recent
                 inner = np.arange(old.layout.inner)
-                of_left = (left[0][:, None] * old.layout.inner + inner).reshape(-1)
-                for all_of, some in zip([*values, waiting], left[1], strict=False):
-                    all_of[of_left] = some.reshape(-1)
+                recent_entries = (positions[:, None] * old.layout.inner + inner).reshape(-1)
+                for all_of, some in zip([*values, waiting], recent_values, strict=False):
+                    all_of[recent_entries] = some.reshape(-1)
         else:
             self._before_change(position, new)
             if slots is not None and slots.unseeded is not None:
@@ -690,15 +685,15 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         self._state.partitions[position] = part
         assert part.inner_variable is not None and old.inner_variable is not None
         replace_variable(self.inner_optimizer, old.inner_variable, part.inner_variable)
-        target = positions_of(new, elements) if isinstance(part, CompactPartition) else None
+        target = new.indices() if isinstance(part, CompactPartition) else None
         shape = tuple(part.inner_variable.shape)
         for state, of_all in zip(states, values, strict=True):
-            reshape_variable(state.slot, packed_into(of_all, target, shape), old.variable)
+            reshape_variable(state.slot, gather_values(of_all, target, shape), old.variable)
         self._find_slots({position})
         self._find_fused()
         slots = self._state.slots.get(position)
         if slots is not None and slots.unseeded is not None:
-            slots.unseeded.assign(ops.pack_bits(packed_into(waiting, target, shape)))
+            slots.set_waiting(gather_values(waiting, target, shape))
         # What was traced before has the old mask: it must not go on with it.
         empty_variable(old.bits)
 

@@ -12,7 +12,6 @@ from rich.console import Console
 import freezeops as fz
 from freezeops.partitions.partition import FullPartition
 from freezeops.registry import rules_config
-from freezeops.slots import moving
 
 ELEMENTWISE = [name for name in SETUPS if name not in MIXING]
 STEPS = 6
@@ -749,7 +748,7 @@ def test_slots_move_by_position():
         mask = rng.random((9, 14)) < rng.random()
         model.optimizer.register_mask("elements", mask)
         model.step()
-        positions = moving.positions_of(fz.Mask.from_array(mask), fz.Mask.from_array(mask).layout)
+        positions = fz.Mask.from_array(mask).indices()
         slot = model.optimizer.inner_optimizer.momentums[0]
         values = rng.normal(size=126).astype("float32")
         slot.assign(values)

@@ -49,20 +49,3 @@ def writes_only_given(optimizer: keras.optimizers.Optimizer) -> bool:
             for base in base_optimizers(optimizer)
         )
     )
-
-
-def writes_only_rows_with_gradients(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether a step writes no row of a variable but those that its `IndexedSlices` name.
-
-    Of Keras's optimizers that is plain SGD alone: every other one has slots that it
-    updates densely, and moves the variable by them.
-    """
-    return all(
-        type(base) is keras.optimizers.SGD
-        and not base.momentum
-        and base.weight_decay is None  # with 0.0 Keras still writes every row
-        and not base.use_ema
-        and not base.gradient_accumulation_steps
-        and not base.global_clipnorm  # by which the gradient becomes dense
-        for base in base_optimizers(optimizer)
-    )
