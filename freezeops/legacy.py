@@ -10,6 +10,7 @@ import tensorflow as tf
 from freezeops.files.checkpoints import MaskStore
 from freezeops.keras_compat.known import replaced_methods
 from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.keras_compat.tf_keras_contract import check_installed, notes
 from freezeops.keras_compat.tf_keras_optimizers import (
     TfKerasScaler,
     TfKerasWrapper,
@@ -64,6 +65,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         ValueError: If an argument belongs to the inner optimizer, or is unknown.
         TypeError: If `inner_optimizer` is no optimizer of `tf_keras.optimizers`.
         NotImplementedError: In the scope of a strategy with parameter servers.
+        RuntimeError: If the installed tf_keras or TensorFlow lacks what freezeops cannot do without.
 
     Example:
 
@@ -94,6 +96,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         name: str | None = None,
         **kwargs: Any,
     ):
+        check_installed()
         _check_inner(inner_optimizer)
         masking.check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
         check_strategy(tf.distribute.get_strategy())
@@ -108,6 +111,9 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
     def inner_optimizer(self) -> Any:
         """The optimizer that was given."""
         return self._inner_optimizer
+
+    def _contract_notes(self) -> list[str]:
+        return notes()
 
     # Masks.
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from freezeops import ops
 from freezeops.files.checkpoints import MaskStore
-from freezeops.keras_compat import stored_state
+from freezeops.keras_compat import contract, stored_state
 from freezeops.keras_compat.known import writes_only_given
 from freezeops.keras_compat.loading import paths_of_model
 from freezeops.keras_compat.options import InnerOption, InnerOptions
@@ -174,6 +174,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             compact state, if the inner optimizer's update of an entry looks at others.
         TypeError: If `inner_optimizer` is no Keras optimizer.
         NotImplementedError: In the scope of a strategy with parameter servers.
+        RuntimeError: If the installed Keras or TensorFlow lacks what freezeops cannot do without, or what an option
+            needs.
 
     Example:
 
@@ -205,6 +207,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         fused: bool = True,
         **kwargs: Any,
     ):
+        contract.check_installed()
         _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, fused, kwargs)
         check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
@@ -212,7 +215,6 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         self.inner_optimizer = inner_optimizer
         for part in wrapped_optimizers(inner_optimizer):
             stored_state.store_once_and_check(part)
-        stored_state.store_scalers_around(MaskedOptimizer)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._fused = fused
@@ -293,6 +295,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                 created then.
         """
         if scaler := loss_scaler_that_builds(self):
+            stored_state.store_scalers_around(MaskedOptimizer)
             mask_before_loss_scaling(scaler, self._mask_for_scaler)
         variables = list(variables)
         if not self.built and variables:  # a model from an .h5 file builds its optimizer with no variables first
@@ -303,6 +306,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
     def _build(self, variables: list[Variable]) -> None:
         check_strategy(tf.distribute.get_strategy())
+        for base in base_optimizers(self.inner_optimizer):
+            contract.check_options(base, self.state == "compact")
         index = rules.VariableIndex(variables)
         planned = self._plan(index, self.inner_optimizer.built)
         planned.changes.warn()
@@ -335,7 +340,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         build_without_slots(self, variables)
         self._state.built = True
         self._keep_planned(planned)
-        guard_swaps(_guard_of)
+        guard_swaps(self.inner_optimizer, _guard_of)
         if self._is_waiting(planned):
             with tf.init_scope():
                 self._assign_waiting(planned)
@@ -604,8 +609,10 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         Raises:
             ValueError: If the optimizer is not built, has `state="full"`, or something does
                 not fit. Nothing has changed then.
-            RuntimeError: If called while a function is traced.
+            RuntimeError: If called while a function is traced, or if the installed Keras or TensorFlow lacks what
+                it needs.
         """
+        contract.check(contract.REPACK, "a call of `repack`")
         self._check_built("repack")
         if self.state != "compact":
             raise ValueError(f"`repack` must be called with state='compact'. Received: state={self.state!r}")
@@ -813,7 +820,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
 
     def _masks_in_use(self) -> list[tf.Operation]:
         """Fails, as a traced step begins, where `repack` took away a mask that it was traced with."""
-        if self.state == "full" or tf.executing_eagerly():
+        if self.state == "full" or tf.executing_eagerly() or not contract.is_on(contract.REPACK):
             return []
         message = "the masks must be in use still: a function that was traced before `repack` must be traced again"
         shapes = [shape_now(part.bits) for part in self._masked_partitions() if part.layout.packed_bytes]
@@ -900,6 +907,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
     def loss_scale_factor(self, factor: float | None) -> None:
         # The base class sets its own default before there is an inner optimizer.
         if hasattr(self, "inner_optimizer"):
+            # A `LossScaleOptimizer` sets it as it wraps this one.
+            stored_state.store_scalers_around(MaskedOptimizer)
             self.inner_optimizer.loss_scale_factor = factor
 
     @property
@@ -1139,6 +1148,8 @@ def _check_arguments(
         raise ValueError(f"`state` must be 'full' or 'compact'. Received: state={short(state)}")
     _check_fused(fused)
     compact.check_capacity(capacity)
+    for base in base_optimizers(inner_optimizer):
+        contract.check_options(base, state == "compact")
     if state == "compact":
         check_elementwise(inner_optimizer)
     elif capacity is not None:

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-
 from freezeops.keras_compat import versions
-from freezeops.keras_compat.lookup import arguments_of, find, mentions, sets
+from freezeops.keras_compat.inspection import arguments_of, find, mentions, sets
 from freezeops.notices import warn
 
 
@@ -65,7 +63,8 @@ class Needs:
         replaced: Whether freezeops puts something of its own in its place, which must take the same arguments.
         called_by: Dotted name of a function that must mention it: what is kept but called no more is of no use.
         on_instances: Whether it is an attribute that methods of the class set.
-        local: Whether it is a local variable of the function `owner`, which is read from the call stack.
+        in_code: Whether it is looked for in the code of the function `owner`: a local variable that is read from the
+            call stack, or an attribute that it uses.
         value: What it must be equal to.
         since: Version of the package that it is new in; it is not looked for in an older one.
     """
@@ -78,18 +77,18 @@ class Needs:
     replaced: bool = False
     called_by: str | None = None
     on_instances: bool = False
-    local: bool = False
+    in_code: bool = False
     value: Any = None
     since: str = ""
 
     def __str__(self) -> str:
-        return f"`{self.owner}.{self.name}`" if not self.local else f"`{self.name}` in `{self.owner}`"
+        return f"`{self.owner}.{self.name}`" if not self.in_code else f"`{self.name}` in `{self.owner}`"
 
     def problem(self) -> str:
         """Returns what is wrong with it in the installed version; `""` if nothing is."""
         try:
             owner = find(self.owner)
-            if self.local:
+            if self.in_code:
                 return "" if mentions(owner, self.name) else f"{self} is missing"
             if self.on_instances:
                 return "" if sets(owner, self.name) or hasattr(owner, self.name) else f"{self} is missing"
@@ -182,14 +181,13 @@ class Contract:
 
     def _versions(self) -> str:
         oldest, newest = self.tested
-        return f"freezeops is tested with {self.package} {oldest} to {newest}. Installed is {self.version()}"
+        return f"freezeops is known to work with {self.package} {oldest} to {newest}. Installed is {self.version()}"
 
     def _advice(self) -> str:
-        oldest, newest = self.tested
         return (
-            f"Install a version that is known to work (pip install '{self.module}>={oldest},<={newest}.*'), or a "
-            "newer freezeops. `python -m freezeops` says more"
-        ).replace(f"<={newest}.*", f"<={newest}" if newest.count(".") > 1 else f"<={newest}.99")
+            f"Install a version that is known to work (pip install '{self.module}=={self.tested[1]}.*'), or a newer "
+            "freezeops. `python -m freezeops` says more"
+        )
 
     def _is_too_old(self, need: Needs) -> bool:
         return bool(need.since) and _numbers(self.version()) < _numbers(need.since)
@@ -216,9 +214,7 @@ TENSORFLOW = Contract(
             on_instances=True,
         ),
         Needs("tf.__internal__", "tracking", "masks in checkpoints and SavedModels"),
-        Needs(
-            _TRACKABLE, "_trackable_children", "masks in checkpoints", arguments=("save_type",), replaced=True
-        ),
+        Needs(_TRACKABLE, "_trackable_children", "masks in checkpoints", arguments=("save_type",), replaced=True),
         Needs(
             _TRACKABLE,
             "_lookup_dependency",
@@ -267,7 +263,7 @@ TENSORFLOW = Contract(
             "checkpoint_position",
             "the checkpoint that is restored just now",
             OLD_CHECKPOINTS,
-            local=True,
+            in_code=True,
         ),
         Needs(_TRACKABLE, "_serialize_to_tensors", "consumes variables of an old checkpoint", OLD_CHECKPOINTS, ()),
         Needs(
@@ -329,12 +325,8 @@ KERAS = Contract(
             replaced=True,
             called_by=f"{_OPTIMIZER}.add_optimizer_variables",
         ),
-        Needs(
-            _OPTIMIZER, "save_own_variables", "stores state once, by names", arguments=("store",), replaced=True
-        ),
-        Needs(
-            _OPTIMIZER, "load_own_variables", "refuses state that does not fit", arguments=("store",), replaced=True
-        ),
+        Needs(_OPTIMIZER, "save_own_variables", "stores state once, by names", arguments=("store",), replaced=True),
+        Needs(_OPTIMIZER, "load_own_variables", "refuses state that does not fit", arguments=("store",), replaced=True),
         Needs(
             _OPTIMIZER,
             "_model_variables_moving_average",
@@ -387,15 +379,17 @@ KERAS = Contract(
             replaced=True,
             called_by=f"{_SCALER}.apply",
         ),
-        Needs(f"{_SCALER}.build", "self", "the scaler that builds an optimizer", SCALER, local=True),
-        Needs(f"{_SCALER}.build", "inner_optimizer", "the scaler that builds an optimizer", SCALER, local=True),
+        Needs(f"{_SCALER}.build", "self", "the scaler that builds an optimizer", SCALER, in_code=True),
+        Needs(f"{_SCALER}.build", "inner_optimizer", "the scaler that builds an optimizer", SCALER, in_code=True),
         *(
             Needs(_SWAP, name, "keeps frozen entries", SWAP, (), replaced=True, called_by=f"{_SWAP}.{caller}")
             for name, caller in (("_swap_variables", "on_test_begin"), ("_finalize_ema_values", "on_epoch_end"))
         ),
         Needs(_SWAP, "_tf_swap_variables", "swaps behind several wrappers", SWAP, ("optimizer",)),
         Needs(_SWAP, "_tf_finalize_ema_values", "finalizes behind several wrappers", SWAP, ("optimizer",)),
-        Needs("keras.Variable", "_path", "gives a compact variable the path of the model's", COMPACT, on_instances=True),
+        Needs(
+            "keras.Variable", "_path", "gives a compact variable the path of the model's", COMPACT, on_instances=True
+        ),
         Needs(
             "keras.optimizers.MultiOptimizer",
             "_optimizer_map",
@@ -407,9 +401,13 @@ KERAS = Contract(
         Needs("keras.Variable", "_initialize", "gives a slot another shape", REPACK, ("value",)),
         Needs("keras.Variable", "_shape", "gives a slot another shape", REPACK, on_instances=True),
         Needs("keras.Variable", "_ndim", "gives a slot another shape", REPACK, on_instances=True),
-        Needs(f"{_SAVING}.load_weights_only", "model", "the model that a file is loaded into", FILES, local=True),
-        Needs(f"{_SAVING}.load_weights_only", "skip_mismatch", "whether what does not fit is skipped", FILES, local=True),
-        Needs(f"{_SAVING}._load_model_from_fileobj", "model", "the model that a file is loaded into", FILES, local=True),
+        Needs(f"{_SAVING}.load_weights_only", "model", "the model that a file is loaded into", FILES, in_code=True),
+        Needs(
+            f"{_SAVING}.load_weights_only", "skip_mismatch", "whether what does not fit is skipped", FILES, in_code=True
+        ),
+        Needs(
+            f"{_SAVING}._load_model_from_fileobj", "model", "the model that a file is loaded into", FILES, in_code=True
+        ),
         Needs("keras.Layer", "_flatten_layers", "layers in layers", WRITES),
         Needs(
             "keras.Layer", "_non_trainable_variables", "state that a forward pass changes", WRITES, on_instances=True
@@ -428,9 +426,33 @@ def check_installed() -> None:
     KERAS.check()
 
 
+def notes() -> list[str]:
+    """Returns a sentence for each feature that is off with the installed Keras and TensorFlow."""
+    return TENSORFLOW.notes() + KERAS.notes()
+
+
 def is_on(feature: Feature) -> bool:
     """Returns whether everything is there that a feature needs."""
     return feature not in TENSORFLOW.off() and feature not in KERAS.off()
+
+
+def check_options(optimizer: Any, compact: bool) -> None:
+    """Raises if an optimizer needs a feature that is off.
+
+    Args:
+        optimizer: An inner optimizer that wraps no other.
+        compact: Whether it has compact state.
+
+    Raises:
+        RuntimeError: If something that it needs is not there.
+    """
+    if optimizer.use_ema:
+        check(AVERAGES, f"{optimizer.name!r} with use_ema=True")
+    if optimizer.gradient_accumulation_steps:
+        steps = optimizer.gradient_accumulation_steps
+        check(ACCUMULATION, f"{optimizer.name!r} with gradient_accumulation_steps={steps}")
+    if compact:
+        check(COMPACT, "state='compact'")
 
 
 def check(feature: Feature, received: str) -> None:
@@ -449,24 +471,3 @@ def check(feature: Feature, received: str) -> None:
                 f"{feature.name[0].upper()}{feature.name[1:]} must be left out with {contract.package} "
                 f"{contract.version()}: {contract.advice(feature)}. Received: {received}"
             )
-
-
-_RENAMED = {"adam_momentums": "momentums", "momentums": "adam_momentums"}
-"""Slots that had another name before: `Muon`'s, until Keras 3.12."""
-
-
-def missing_slots(optimizer_class: type, attributes: Sequence[str]) -> list[str]:
-    """Returns the slots that a class of Keras's is known to have, and has not in the installed version.
-
-    Args:
-        optimizer_class: One of `keras.optimizers`; of any other class nothing is known.
-        attributes: The attributes that hold them, as the catalogue of slots says.
-    """
-    if optimizer_class is not getattr(keras.optimizers, optimizer_class.__name__, None):
-        return []
-    return [
-        name
-        for name in attributes
-        if not sets(optimizer_class, name)
-        and not (name in _RENAMED and _RENAMED[name] in attributes and sets(optimizer_class, _RENAMED[name]))
-    ]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.loading import paths_of_model, weights_being_loaded
 from freezeops.keras_compat.variables import Variable, variable_path
 from freezeops.keras_compat.wrapped import wrapped_optimizers
@@ -186,6 +187,10 @@ class Masking:
         """For each variable the bytes of its slots, and what they would be in full state; `None`: not to be shown."""
         return None
 
+    def _contract_notes(self) -> list[str]:
+        """Returns a sentence for each feature that is off with the installed versions of Keras and TensorFlow."""
+        return contract.notes()
+
     # Masks.
 
     def register_mask(self, target: Any, mask: Any) -> None:
@@ -301,7 +306,8 @@ class Masking:
     def summary(self, console: Any = None) -> None:
         """Prints a table: variable, shape, frozen, density, mask bytes, way.
 
-        With compact state also the bytes of the inner optimizer's slots, and those saved.
+        With compact state also the bytes of the inner optimizer's slots, and those saved. Below it what is off with
+        the installed versions of Keras and TensorFlow, if anything is.
 
         Args:
             console: `rich.console.Console` to print to. Defaults to standard output.
@@ -310,6 +316,7 @@ class Masking:
             report.print_summary(self.name, self._state.partitions, console, self._slot_bytes(), self._update_notes())
         else:
             report.print_rules(self.name, self._state.rules, console)
+        report.print_notes(self._contract_notes(), console)
 
     @tf.autograph.experimental.do_not_convert
     def mask_gradients(
