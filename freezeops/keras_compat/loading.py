@@ -50,8 +50,8 @@ def paths_of_model(optimizer: Any) -> set[str]:
     """
     frame = inspect.currentframe()
     while frame is not None:
-        for name in ("self", "model"):
-            candidate: Any = frame.f_locals.get(name)
+        candidate: Any
+        for candidate in (frame.f_locals.get("self"), frame.f_locals.get("model")):
             inner = getattr(candidate, "optimizer", None) if hasattr(candidate, "trainable_variables") else None
             if inner is not None and any(part is optimizer for part in wrapped_optimizers(inner)):
                 return {variable_path(variable) for variable in candidate.variables if is_variable(variable)}
