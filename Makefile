@@ -1,4 +1,5 @@
 # make demo, make test, make lint, make bench: each sets up .venv first where that is needed.
+# make test-keras KERAS=3.12.*: the core of the tests with another Keras; KERAS=nightly for the development version.
 # make fuzz, make fuzz-mutants, make fuzz-threads: hostile calls of the ops, under sanitizers.
 # make test-gpu, make sanitize, make bench-gpu: on a machine with a GPU and nvcc, without TensorFlow; see docs/gpu.md.
 #
@@ -35,7 +36,7 @@ FUZZED = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_
 	UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" $(PY)
 
-.PHONY: all setup demo test test-gpu sanitize fuzz fuzz-build fuzz-mutants fuzz-threads lint format bench bench-gpu clean
+.PHONY: all setup demo test test-keras test-gpu sanitize fuzz fuzz-build fuzz-mutants fuzz-threads lint format bench bench-gpu clean
 
 all: setup
 setup: $(STAMP)
@@ -54,6 +55,22 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Another Keras before that of .venv, whose other packages are used: in a virtual environment of its own.
+KERAS ?= 3.12.0
+KERAS_VENV = build/keras-$(subst *,x,$(KERAS))
+KERAS_PY = $(KERAS_VENV)/bin/python
+KERAS_PACKAGE = $(if $(filter nightly,$(KERAS)),--pre keras-nightly,'keras==$(KERAS)')
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
+KERAS_TESTS ?= tests/keras_compat tests/promise tests/files/test_saving.py tests/step/test_fused.py \
+	tests/partitions/test_compact.py tests/integration/test_mixed_precision.py tests/slots
+
+test-keras: $(STAMP)
+	$(PY) -m venv $(KERAS_VENV)
+	$(PY) -c '$(SITE)' > $$($(KERAS_PY) -c '$(SITE)')/packages_of_venv.pth
+	$(KERAS_PY) -m pip install --quiet --ignore-installed --no-deps $(KERAS_PACKAGE)
+	$(KERAS_PY) -c 'import keras; print("Keras", keras.__version__, "in", keras.__path__[0])'
+	$(KERAS_PY) -m pytest $(PYTEST_ARGS) $(KERAS_TESTS)
 
 test-gpu:
 	$(GPU_PYTEST) tests/gpu

@@ -4,6 +4,7 @@ One step of each kind runs under a profiler; what is drawn are the calls that cr
 another, in the order in which they were made.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,26 @@ PACKAGE = ROOT / "freezeops"
 FOLDERS = ("optimizer", "registry", "step", "partitions", "slots", "Keras", "ops")
 """The columns, from the user's side to the kernels."""
 
-ASIDE = (
-    "MaskRegistry.check_stated MaskRegistry.partitions TracedWrites.watch guarded masks_in_use check_lengths Step.__init__ "
-    "Partition.inner_variable CompactPartition.inner_variable dense_shape SlotBinding.seedings SlotBinding.averages "
-    "known_of FusedStep.includes VariableSlots.seeded_among Seeding.scales Slot.power StepHook.includes"
-).split()
+ASIDE = {
+    "MaskRegistry.check_stated",
+    "MaskRegistry.partitions",
+    "TracedWrites.watch",
+    "guarded",
+    "masks_in_use",
+    "check_lengths",
+    "Step.__init__",
+    "Partition.inner_variable",
+    "CompactPartition.inner_variable",
+    "dense_shape",
+    "SlotBinding.seedings",
+    "SlotBinding.averages",
+    "known_of",
+    "FusedStep.includes",
+    "VariableSlots.seeded_among",
+    "Seeding.scales",
+    "Slot.power",
+    "StepHook.includes",
+}
 """Checks and questions that are off the way of a gradient."""
 
 KINDS = {
@@ -119,7 +135,7 @@ def draw(path: Path) -> None:
             axes.text(column, -1.0, label, ha="center", fontsize=10.5, color=colors(column), fontweight="bold")
             axes.plot([column, column], [-0.7, len(calls) - 0.6], color="0.92", linewidth=1, zorder=0)
         places = [(FOLDERS.index(call.folder), row) for row, call in enumerate(calls)]
-        for start, end in zip(places, places[1:], strict=False):
+        for start, end in itertools.pairwise(places):
             arrow = {"arrowstyle": "->", "color": "0.65", "shrinkA": 5, "shrinkB": 5}
             axes.annotate("", end, start, arrowprops=arrow, zorder=1)
         for (column, row), call in zip(places, calls, strict=True):

@@ -10,8 +10,15 @@ import tensorflow as tf
 from freezeops.files.checkpoints import MaskStore, restore
 from freezeops.files.inner_load import InnerLoads
 from freezeops.files.keras_state import KerasState
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Variable, check_strategy
-from freezeops.keras_compat.wrapped import build_without_slots, hide_trained_variables, recording_slots, strategy_of
+from freezeops.keras_compat.wrapped import (
+    base_optimizers,
+    build_without_slots,
+    hide_trained_variables,
+    recording_slots,
+    strategy_of,
+)
 from freezeops.partitions.building import PartitionBuilder
 from freezeops.partitions.capacity import Capacity
 from freezeops.registry.planning import Planned
@@ -80,6 +87,8 @@ class Assembly:
             ValueError: If a rule matches nothing or does not fit; nothing was created then.
         """
         check_strategy(tf.distribute.get_strategy())
+        for base in base_optimizers(self._inner_optimizer):
+            contract.check_options(base, self.registry.compact)
         planned = self.registry.plan(VariableIndex(variables), self._inner_optimizer.built)
         planned.changes.warn()
         self._check_can_build(planned)

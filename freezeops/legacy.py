@@ -11,6 +11,7 @@ from freezeops.files.checkpoints import MaskStore, restore
 from freezeops.files.keras_state import KerasState, Store, set_weights
 from freezeops.keras_compat.known import replaced_methods
 from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.keras_compat.tf_keras_contract import check_installed, notes
 from freezeops.keras_compat.tf_keras_optimizers import (
     TfKerasScaler,
     TfKerasWrapper,
@@ -72,6 +73,7 @@ class MaskedOptimizer(MaskMethods, InnerOptions, TfKerasWrapper, tf_keras.optimi
         ValueError: If an argument belongs to the inner optimizer, or is unknown.
         TypeError: If `inner_optimizer` is no optimizer of `tf_keras.optimizers`.
         NotImplementedError: In the scope of a strategy with parameter servers.
+        RuntimeError: If the installed tf_keras or TensorFlow lacks what freezeops cannot do without.
 
     Example:
 
@@ -102,6 +104,7 @@ class MaskedOptimizer(MaskMethods, InnerOptions, TfKerasWrapper, tf_keras.optimi
         name: str | None = None,
         **kwargs: Any,
     ):
+        check_installed()
         _check_inner(inner_optimizer)
         check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
         check_strategy(tf.distribute.get_strategy())
@@ -117,6 +120,9 @@ class MaskedOptimizer(MaskMethods, InnerOptions, TfKerasWrapper, tf_keras.optimi
     def inner_optimizer(self) -> Any:
         """The optimizer that was given."""
         return self._inner_optimizer
+
+    def _contract_notes(self) -> list[str]:
+        return notes()
 
     # Masks.
 

@@ -10,11 +10,12 @@ import tensorflow as tf
 
 from freezeops.assembly import Assembly
 from freezeops.files.keras_state import Store, set_weights
-from freezeops.keras_compat import stored_state
+from freezeops.keras_compat import contract, stored_state
 from freezeops.keras_compat.options import InnerOption, KerasWrapper
 from freezeops.keras_compat.patches import guard_swaps, loss_scaler_that_builds, mask_before_loss_scaling
 from freezeops.keras_compat.variables import Variable, check_strategy
 from freezeops.keras_compat.wrapped import (
+    base_optimizers,
     own_step_counter,
     step_counter,
     strategy_of,
@@ -106,6 +107,8 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         ValueError: If an argument belongs to the inner optimizer, or is unknown; with
             compact state, if the inner optimizer's update of an entry looks at others.
         TypeError: If `inner_optimizer` is no Keras optimizer.
+        RuntimeError: If the installed Keras or TensorFlow lacks what freezeops cannot do without, or what an option
+            needs.
         NotImplementedError: In the scope of a strategy with parameter servers.
 
     Example:
@@ -138,6 +141,7 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         fused: bool = True,
         **kwargs: Any,
     ):
+        contract.check_installed()
         _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, fused, kwargs)
         check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
@@ -145,7 +149,6 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         self.inner_optimizer = inner_optimizer
         for optimizer in wrapped_optimizers(inner_optimizer):
             stored_state.store_once_and_check(optimizer)
-        stored_state.store_scalers_around(MaskedOptimizer)
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._fused = fused
@@ -171,10 +174,11 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         """
         if scaler := loss_scaler_that_builds(self):
             mask_before_loss_scaling(scaler, self._mask_for_scaler)
+            stored_state.store_scalers_around(KerasWrapper)
         variables = list(variables)
         if not self.built and variables:  # a model from an .h5 file builds its optimizer with no variables first
             self._assembly.build(variables)
-            guard_swaps(_guard_of)
+            guard_swaps(self.inner_optimizer, _guard_of)
         if scaler is not None:
             with tf.init_scope():
                 stored_state.assign_waiting(scaler)
@@ -227,8 +231,10 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         Raises:
             ValueError: If the optimizer is not built, has `state="full"`, or something does
                 not fit. Nothing has changed then.
-            RuntimeError: If called while a function is traced.
+            RuntimeError: If called while a function is traced, or if the installed Keras or TensorFlow lacks what
+                it needs.
         """
+        contract.check(contract.REPACK, "a call of `repack`")
         self._registry.check_built("repack")
         if self.state != "compact":
             raise ValueError(f"`repack` must be called with state='compact'. Received: state={self.state!r}")
@@ -461,6 +467,8 @@ def _check_arguments(
             f"`unfreeze_policy` must be one of {unfreezing.POLICIES}. Received: "
             f"unfreeze_policy={short(unfreeze_policy)}"
         )
+    for base in base_optimizers(inner_optimizer):
+        contract.check_options(base, state == "compact")
 
 
 def _check_fused(fused: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Untracked, Variable
 
 
@@ -70,9 +71,9 @@ class UpdateHook:
         raise NotImplementedError
 
 
-def can_update_together(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether `updating_together` knows how this version of Keras updates variables."""
-    return all(callable(getattr(type(optimizer), name, None)) for name in _UPDATES)
+def can_update_together() -> bool:
+    """Returns whether `updating_together` knows how this version of Keras updates variables."""
+    return contract.is_on(contract.FUSED)
 
 
 def updating_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> AbstractContextManager:

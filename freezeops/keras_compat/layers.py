@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Variable, is_variable
 
 
@@ -40,4 +41,5 @@ def rewritten_weights(target: Any) -> list[Variable]:
 
 
 def _layers_of(target: Any) -> Iterator[Any]:
-    return iter(target._flatten_layers() if hasattr(target, "_flatten_layers") else ())
+    known = contract.is_on(contract.WRITES) and hasattr(target, "_flatten_layers")
+    return iter(target._flatten_layers() if known else ())

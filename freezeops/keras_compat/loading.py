@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import is_variable, variable_path
 from freezeops.keras_compat.wrapped import wrapped_optimizers
 
@@ -29,6 +30,8 @@ def weights_being_loaded() -> WeightsFile:
 
     Keras hands it to nobody; but it is on the call stack while optimizers load their state.
     """
+    if not contract.is_on(contract.FILES):
+        return WeightsFile()
     frame = inspect.currentframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -47,8 +50,8 @@ def paths_of_model(optimizer: Any) -> set[str]:
     """
     frame = inspect.currentframe()
     while frame is not None:
-        for name in ("self", "model"):
-            candidate: Any = frame.f_locals.get(name)
+        candidate: Any
+        for candidate in (frame.f_locals.get("self"), frame.f_locals.get("model")):
             inner = getattr(candidate, "optimizer", None) if hasattr(candidate, "trainable_variables") else None
             if inner is not None and any(part is optimizer for part in wrapped_optimizers(inner)):
                 return {variable_path(variable) for variable in candidate.variables if is_variable(variable)}

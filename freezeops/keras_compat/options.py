@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from freezeops.keras_compat.stored_state import store_scalers_around
 from freezeops.keras_compat.variables import Variable
 from freezeops.keras_compat.wrapped import base_optimizers, is_multi_optimizer, wrapped_optimizers
 
@@ -134,6 +135,8 @@ class KerasWrapper(InnerOptions):
     def loss_scale_factor(self, factor: float | None) -> None:
         # The base class sets its own default before there is an inner optimizer.
         if hasattr(self, "inner_optimizer"):
+            # A `LossScaleOptimizer` sets it as it wraps this one.
+            store_scalers_around(KerasWrapper)
             self.inner_optimizer.loss_scale_factor = factor
 
     @property

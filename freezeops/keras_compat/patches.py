@@ -7,8 +7,10 @@ from typing import Any
 
 import keras
 
+from freezeops.keras_compat import contract
+from freezeops.keras_compat.inspection import mentions
 from freezeops.keras_compat.variables import Variable
-from freezeops.keras_compat.wrapped import base_optimizers, wrapped_optimizers
+from freezeops.keras_compat.wrapped import base_optimizers, trained_variables, wrapped_optimizers
 
 
 def loss_scaler_that_builds(
@@ -48,7 +50,7 @@ def mask_before_loss_scaling(
         scaler: The wrapper. It is changed, once.
         mask: Masks gradients, given the variables or `None` for all.
     """
-    if "_tf_apply" in vars(scaler):
+    if "_tf_apply" in vars(scaler) or not contract.is_on(contract.SCALER):
         return
     apply = scaler._tf_apply
 
@@ -58,18 +60,28 @@ def mask_before_loss_scaling(
     scaler._tf_apply = masked_apply
 
 
-def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
+Around = Callable[[Any], AbstractContextManager | None]
+"""Gives a context manager for a model's optimizer; `None` for those that it does not know."""
+
+
+def guard_swaps(optimizer: keras.optimizers.Optimizer, around: Around) -> None:
     """Has Keras's `SwapEMAWeights` do its work inside of a guard, and on the optimizers that have averages.
 
     It swaps a variable with its average by adding and subtracting, which turns -0.0
     into 0.0 and an infinity into NaN, and gives nobody a say. And it looks behind one
-    wrapper only. Changes the callback's class, once; for optimizers that `around` does not
-    know it does what it did.
+    wrapper only. Changes the callback's class, once, and only for the first optimizer that has averages; for
+    optimizers that `around` does not know the callback does what it did.
 
     Args:
-        around: Gives a context manager for a model's optimizer; `None` for those that it does not know.
+        optimizer: The inner optimizer, built. Without a moving average nothing is changed: Keras refuses the callback.
+        around: What is around a swap.
     """
+    if not any(base.use_ema for base in base_optimizers(optimizer)):
+        return
     callback = keras.callbacks.SwapEMAWeights
+    if not contract.is_on(contract.SWAP):
+        _refuse_swaps(callback, around)
+        return
 
     def guarded(all_of: Callable[[Any], None], of_one: str) -> Callable[[Any], None]:
         def call(self: Any) -> None:
@@ -83,6 +95,8 @@ def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
                     "SwapEMAWeights must be used with an optimizer that has `use_ema=True` and is built. Received: "
                     f"use_ema={[base.use_ema for base in base_optimizers(optimizer)]}"
                 )
+            for base in averaging:
+                _check_pairs(self, of_one, base)
             with guard:
                 for base in averaging:
                     getattr(self, of_one)(base)
@@ -97,3 +111,40 @@ def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
         method = getattr(callback, name)
         if not hasattr(method, "_freezeops_guard"):
             setattr(callback, name, guarded(method, of_one))
+
+
+def _check_pairs(callback: Any, method: str, optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises if the callback would pair variables with averages of others.
+
+    Before Keras 3.13 it pairs an optimizer's averages with the model's trainable variables, in order.
+
+    Raises:
+        ValueError: If these are not the optimizer's variables.
+    """
+    if mentions(getattr(type(callback), method), "_trainable_variables"):
+        return
+    model, own = callback.model.trainable_variables, trained_variables(optimizer)
+    if len(model) != len(own) or any(a is not b for a, b in zip(model, own, strict=True)):
+        raise ValueError(
+            "SwapEMAWeights must be used with an optimizer that averages all trainable variables of the model, in full "
+            f"state, before Keras 3.13. Received: {optimizer.name!r} with {len(own)} variables of its own, of a model "
+            f"with {len(model)}. Install a newer Keras, or freeze nothing permanently and use state='full'"
+        )
+
+
+def _refuse_swaps(callback: type, around: Around) -> None:
+    """Has `SwapEMAWeights` raise before it swaps anything in a model with an optimizer that `around` knows."""
+
+    def refusing(method: Callable[..., None]) -> Callable[..., None]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> None:
+            if around(self.model.optimizer) is not None:
+                contract.check(contract.SWAP, "SwapEMAWeights with a MaskedOptimizer")
+            method(self, *args, **kwargs)
+
+        call._freezeops_guard = True  # type: ignore[attr-defined]
+        return call
+
+    for name in ("on_epoch_end", "on_test_begin", "on_predict_begin"):
+        method = getattr(callback, name)
+        if not hasattr(method, "_freezeops_guard"):
+            setattr(callback, name, refusing(method))

@@ -6,12 +6,16 @@ from typing import Any
 
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Variable, _whole, tf_variable
 
 
 def traced_function() -> Any:
-    """The function's graph that operations are added to now; `None` where they run at once."""
-    if tf.executing_eagerly():
+    """Returns the function's graph that operations are added to now; `None` where they run at once.
+
+    Also `None` where this version of TensorFlow says nothing of what a function writes.
+    """
+    if tf.executing_eagerly() or not contract.is_on(contract.WRITES):
         return None
     graph = tf.compat.v1.get_default_graph()
     return graph if graph.building_function else None

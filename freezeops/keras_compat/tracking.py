@@ -5,10 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
+
+from freezeops.keras_compat import contract
+from freezeops.keras_compat.inspection import find
+
+try:
+    _AutoTrackable: Any = tf.__internal__.tracking.AutoTrackable
+except AttributeError:
+    _AutoTrackable = object  # what is wrong is said as an optimizer is made, by the contract
 
 
-class Tracked(tf.__internal__.tracking.AutoTrackable):
+class Tracked(_AutoTrackable):
     """An object that says itself what checkpoints and SavedModels hold of it; its attributes are not tracked."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -35,7 +42,7 @@ class Tracked(tf.__internal__.tracking.AutoTrackable):
         return self.child_to_restore(name)
 
 
-class Ignored(tf.__internal__.tracking.AutoTrackable):
+class Ignored(_AutoTrackable):
     """Takes the place of a variable that only a checkpoint has, so that it counts as consumed.
 
     Args:
@@ -59,7 +66,7 @@ def checkpoint_being_restored() -> Any:
     Returns:
         TensorFlow's object: its `checkpoint`, and the node of the object in `object_proto`.
     """
-    frame = inspect.currentframe()
+    frame = inspect.currentframe() if contract.is_on(contract.OLD_CHECKPOINTS) else None
     while frame is not None:
         if (position := frame.f_locals.get("checkpoint_position")) is not None:
             return position
@@ -72,5 +79,10 @@ def object_graph_nodes(reader: Any) -> Any:
 
     Args:
         reader: Of the checkpoint, from `tf.train.load_checkpoint`.
+
+    Raises:
+        RuntimeError: If this version of TensorFlow has another kind of them.
     """
-    return TrackableObjectGraph.FromString(bytes(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))).nodes
+    contract.check(contract.OLD_CHECKPOINTS, "a checkpoint without layouts of masks")
+    graph = find("tensorflow.core.protobuf.trackable_object_graph_pb2.TrackableObjectGraph")
+    return graph.FromString(bytes(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))).nodes

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
+
 Variable = Any
 """A `keras.Variable` or a `tf.Variable`."""
 
@@ -24,6 +26,7 @@ def check_strategy(strategy: tf.distribute.Strategy) -> None:
 
     Raises:
         NotImplementedError: For such a strategy.
+        RuntimeError: For one with several replicas, if this version of TensorFlow has them otherwise.
     """
     names = {cls.__name__ for cls in type(strategy).__mro__}
     if names & {"ParameterServerStrategyV2", "ParameterServerStrategyV1", "CentralStorageStrategy"}:
@@ -31,6 +34,8 @@ def check_strategy(strategy: tf.distribute.Strategy) -> None:
             "The strategy must be one without parameter servers: tf.distribute.MirroredStrategy or "
             f"MultiWorkerMirroredStrategy, for example. Received: {type(strategy).__name__}"
         )
+    if strategy.num_replicas_in_sync > 1:
+        contract.check(contract.REPLICAS, f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} replicas")
 
 
 def components(variable: Variable) -> list[tf.Variable]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Variable
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
@@ -28,6 +29,10 @@ class MaskMethods:
     def _build_once(self, variables: Sequence[Variable]) -> None:
         """Builds the optimizer if it is not built."""
         raise NotImplementedError
+
+    def _contract_notes(self) -> list[str]:
+        """Returns a sentence for each feature that is off with the installed versions of Keras and TensorFlow."""
+        return contract.notes()
 
     def _averages(self) -> Iterable[tuple[Partition, Variable]]:
         """Yields the slots of moving averages, each with the partition of its variable."""
@@ -142,7 +147,8 @@ class MaskMethods:
         """Prints a line for each variable: path, shape, density, bytes and mode; below it reasons and totals.
 
         Bytes are those of masks and of what compact state needs beside the inner optimizer's slots.
-        Fits into the width of the terminal (or `COLUMNS`): long paths are shortened in the middle.
+        Fits into the width of the terminal (or `COLUMNS`): long paths are shortened in the middle. Below
+        it what is off with the installed versions of Keras and TensorFlow, if anything is.
 
         Args:
             console: `rich.console.Console` to print to. Defaults to standard output.
@@ -152,6 +158,7 @@ class MaskMethods:
             report.print_summary(self.name, self._registry.managed, self._fused, console, collapse)
         else:
             report.print_rules(self.name, self._registry.rules, console)
+        report.print_notes(self._contract_notes(), console)
 
     @tf.autograph.experimental.do_not_convert
     def mask_gradients(

@@ -282,6 +282,17 @@ def print_rules(name: str, rules: Sequence[MaskRule | Loaded], console: Console 
     (console or Console()).print(table)
 
 
+def print_notes(notes: Sequence[str], console: Console | None) -> None:
+    """Prints what is off with the installed versions, a line for each.
+
+    Args:
+        notes: Sentences.
+        console: Where to print; standard output by default.
+    """
+    for note in notes:
+        (console or Console()).print(f"Off: {note}", markup=False, highlight=False)
+
+
 def _target_name(target: object) -> str:
     if isinstance(target, str | ExactPath):
         return repr(target if isinstance(target, str) else target.path)

@@ -72,9 +72,8 @@ class CompactSlots(VariableSlots):
             new: The mask from now on.
             mask_layout: The layout of the mask on the device.
         """
-        before, after = (
-            packing.bit_indices(mask.with_layout(mask_layout).packed, mask_layout.kept) for mask in (old, new)
-        )
+        bits = [mask.with_layout(mask_layout).packed for mask in (old, new)]
+        before, after = (packing.bit_indices(each, mask_layout.kept) for each in bits)
         recent = self._recent_under(old)
         known = before if recent is None else np.concatenate([before, recent.positions])
         _, source, target = np.intersect1d(known, after, assume_unique=True, return_indices=True)

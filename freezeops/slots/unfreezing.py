@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.hooks import StepHook, before_updates
 from freezeops.keras_compat.variables import Variable, component_beside, components, numpy_of, variable_key
 from freezeops.keras_compat.wrapped import step_count
@@ -71,6 +72,8 @@ class VariableSlots:
     ):
         self.variable = variable
         self._optimizer = optimizer
+        if policy == "seed" and not contract.is_on(contract.SEEDING):
+            policy = "keep"
         self._policy = policy
         self.resettable = [(slot, state) for slot, state in slots if slot.role != "weight"]
         # A second moment comes first: by it `ops.seed_slots` sees what has been seeded.

@@ -23,7 +23,7 @@ def formula_of(optimizer: keras.optimizers.Optimizer, outermost: keras.optimizer
     for wrapped in wrapped_optimizers(outermost):
         if replaced := replaced_methods(wrapped):
             return f"its `{replaced[0]}` was replaced"
-    if not can_update_together(optimizer):
+    if not can_update_together():
         return "this version of Keras updates variables in a way that freezeops does not know"
     if optimizer.use_ema:
         return "a moving average looks at what each step wrote"

@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.known import writes_only_given
 from freezeops.keras_compat.variables import Variable
 from freezeops.keras_compat.wrapped import base_optimizers
@@ -137,7 +138,7 @@ def _fused_steps(managed: Sequence[ManagedVariable], given: Sequence[ManagedVari
 
 def masks_in_use(partitions: Sequence[Partition]) -> list[tf.Operation]:
     """Returns operations that fail, as a traced step begins, if `repack` took away a mask that it was traced with."""
-    if tf.executing_eagerly():
+    if tf.executing_eagerly() or not contract.is_on(contract.REPACK):
         return []
     message = "the masks must be in use still: a function that was traced before `repack` must be traced again"
     masked = [partition for partition in partitions if isinstance(partition, MaskedPartition)]
