@@ -379,7 +379,7 @@ def _guards(partitions: Sequence[Partition]) -> list[Guard]:
 
 @tf_keras.saving.register_keras_serializable(package="freezeops")
 class MaskedLossScaleOptimizer(MaskedOptimizer, TfKerasScaler, tf_keras.mixed_precision.LossScaleOptimizer):
-    """What `MaskedOptimizer(LossScaleOptimizer(...))` gives.
+    """The class of `MaskedOptimizer(LossScaleOptimizer(...))`.
 
     By its type `compile` sees under `mixed_float16` that the loss is scaled, and does not
     wrap a `LossScaleOptimizer` around. All it does comes from `MaskedOptimizer` and the
@@ -396,7 +396,7 @@ class MaskedLossScaleOptimizer(MaskedOptimizer, TfKerasScaler, tf_keras.mixed_pr
 
     @property
     def dynamic(self) -> bool:
-        """Whether the scale changes by itself."""
+        """True if the scale changes by itself."""
         return self.inner_optimizer.dynamic
 
     @property

@@ -196,7 +196,7 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
 
     @property
     def fused(self) -> bool:
-        """Whether variables are updated in one native pass where that can be; may be set at any time.
+        """True if variables are updated in one native pass where that can be; may be set at any time.
 
         Functions that were traced before go on as they were traced.
         """
@@ -407,7 +407,7 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
 
 @keras.saving.register_keras_serializable(package="freezeops")
 class MaskedLossScaleOptimizer(MaskedOptimizer, keras.optimizers.LossScaleOptimizer):
-    """What `MaskedOptimizer(LossScaleOptimizer(...))` gives.
+    """The class of `MaskedOptimizer(LossScaleOptimizer(...))`.
 
     Only so that `compile` sees a `LossScaleOptimizer` under `mixed_float16` and does
     not wrap another one around; all it does comes from `MaskedOptimizer`.

@@ -85,7 +85,7 @@ class InnerLoads:
     # What came before the build.
 
     def is_waiting(self, planned: Planned) -> bool:
-        """Whether something was loaded before the build."""
+        """Returns whether something was loaded before the build."""
         return bool(planned.loaded) or any(map(stored_state.is_waiting, wrapped_optimizers(self._inner_optimizer)))
 
     def assign_waiting(self, planned: Planned) -> None:

@@ -27,7 +27,7 @@ class Store(Protocol):
 
 
 class InnerState(Protocol):
-    """How the state of the optimizers inside is named and loaded."""
+    """Names and loads the state of the optimizers inside a `MaskedOptimizer`."""
 
     def slot_names(self) -> list[tuple[str, list[tuple[str | None, str]]]]:
         """Returns the names of the variables of the optimizers inside, as `Stored.slots` has them."""
@@ -48,7 +48,7 @@ class InnerState(Protocol):
         """Loads the state of an optimizer that nobody wrapped."""
 
     def waits(self, stored: Stored) -> bool:
-        """Whether a load waits until somebody builds the optimizer."""
+        """Returns whether a load waits until somebody builds the optimizer."""
 
 
 class KerasState:
@@ -130,7 +130,7 @@ class KerasState:
             raise self._refused[1]
 
     def _builds(self, stored: Stored, model: Any) -> bool:
-        """Whether a load builds the optimizer first, so that what does not fit is known at once."""
+        """Returns whether a load builds the optimizer first, so that errors come at once."""
         if model is None or not getattr(model, "built", False) or self._inner.waits(stored):
             return False
         return any(part is self._registry.owner for part in wrapped_optimizers(model.optimizer))

@@ -86,7 +86,7 @@ class TrainableIndex:
 
     @property
     def capacity(self) -> int:
-        """How many bits may be 1."""
+        """Number of bits that may be 1."""
         return int(self.indices.shape[0])
 
     def assign(self, packed: np.ndarray) -> None:
@@ -148,7 +148,7 @@ class CompactPartition(MaskedPartition):
 
     @property
     def capacity(self) -> int:
-        """How many of the mask's bits may be 1."""
+        """Number of mask bits that may be 1."""
         return self._index.capacity
 
     @property

@@ -25,7 +25,7 @@ class FullPartition(MaskedPartition):
 
     @property
     def _rows_can_be_kept(self) -> bool:
-        """Whether no other rows change when some are written, and put back."""
+        """True if writing some rows, and putting them back, changes no other row."""
         # XLA scatters 16-bit floats by way of float32: NaNs change in rows it does not even name.
         return getattr(self.variable, "constraint", None) is None and tf.as_dtype(self.variable.dtype).size >= 4
 

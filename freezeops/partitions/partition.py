@@ -20,7 +20,7 @@ from freezeops.partitions.plan import Mode, fit
 
 
 class Taken(NamedTuple):
-    """What a step makes of one gradient.
+    """A gradient as a step hands it on, with the variable and a guard.
 
     Attributes:
         gradient: What the inner optimizer is given.
@@ -34,7 +34,7 @@ class Taken(NamedTuple):
 
 
 class MaskOperand(NamedTuple):
-    """What a fused update needs to know of a mask.
+    """A mask as a fused update takes it.
 
     Attributes:
         layout: Layout of the mask bits.
@@ -49,7 +49,7 @@ class MaskOperand(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What reports and configs say of a partition.
+    """The properties of a partition that reports and configs show.
 
     Attributes:
         reason: Why the variable has this mode; empty where that needs no reason.

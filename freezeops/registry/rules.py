@@ -74,12 +74,12 @@ class MaskRule:
 
     @property
     def states_all(self) -> bool:
-        """Whether the mask after this rule is known, whatever it was before."""
+        """True if the mask after this rule is known, whatever it was before."""
         return self.action in ("register_mask", "train_only") or self.entries is None
 
     @property
     def freezes(self) -> bool:
-        """Whether any entry can be frozen after this rule that was not before."""
+        """True if an entry can be frozen after this rule that was not before."""
         if self.action == "register_mask":
             mask = self.entries.packed if isinstance(self.entries, Booleans) else self.entries
             return mask.count() != mask.size
@@ -264,7 +264,7 @@ class VariableIndex:
         return positions
 
     def _why_unknown(self, variable: Variable, path: str) -> str:
-        """How it may be that the optimizer does not know a variable, and what to do then."""
+        """Returns the likely reason why the optimizer does not know a variable, and the remedy."""
         if not self.variables:
             return ", and the optimizer was built with none. Compile the model with a new optimizer."
         carry = "`fz.save_masks` and `fz.load_masks` carry its masks over."
@@ -323,7 +323,7 @@ def _without_globs(pattern: str) -> str:
 
 
 def path_matches(pattern: str, path: str) -> bool:
-    """Whether a pattern matches a whole path, or its tail after some `/`."""
+    """Returns whether a pattern matches a whole path, or its tail after some `/`."""
     return _matches(_compile(pattern), path)
 
 
@@ -349,7 +349,7 @@ def layer_variables(layer: Any) -> list[Variable]:
 
 
 def mask_before_build(variable: Variable, rules: Sequence[MaskRule | Loaded]) -> Mask:
-    """What the rules so far make of one variable, their patterns matched against it alone."""
+    """Returns the mask that rules give one variable, their patterns matched against it alone."""
     _check_is_variable(variable)
     mask = Mask.trainable(variable.shape)
     key, path = variable_key(variable), variable_path(variable)

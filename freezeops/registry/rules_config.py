@@ -25,7 +25,7 @@ LIMIT = 1 << 20
 
 
 class _Room:
-    """What is left of the limit."""
+    """The rest of the limit."""
 
     def __init__(self, limit: int | None):
         self._left = limit
@@ -69,7 +69,7 @@ def to_config(rules: Sequence[MaskRule | Loaded], limit: int | None) -> list[dic
 
 
 def from_config(config: Sequence[Mapping[str, Any]]) -> list[MaskRule | Loaded]:
-    """The reverse."""
+    """Returns the rules of a config; the reverse of `to_config`."""
     return [_loaded_from_config(each) if each["action"] == "load" else _from_config(each) for each in config]
 
 
@@ -100,7 +100,7 @@ def _from_config(config: Mapping[str, Any]) -> MaskRule:
 
 
 def _where_to_config(where: Any, room: _Room) -> Any:
-    """What a rule names; `LEFT_OUT` where there is no room for it."""
+    """Returns a rule's entries as a config holds them; `LEFT_OUT` where there is no room."""
     if where is None or where is LEFT_OUT:
         return where
     if where is Ellipsis:

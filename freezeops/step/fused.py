@@ -27,7 +27,7 @@ from freezeops.step.formulas import formula_of
 
 
 def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether anything looks at a gradient before the update that it is for.
+    """Returns whether anything looks at a gradient before the update that it is for.
 
     Norms, accumulators and checks for NaN must see zeros for frozen entries; a fused update sees
     nothing of them.
@@ -145,7 +145,7 @@ class FusedUpdates:
         return [getattr(self.optimizer, name)[number] for name in self.formula.slots]
 
     def has_slots_of(self, partition: Partition) -> bool:
-        """Whether the slots of a variable are still those that it was included with."""
+        """Returns whether a variable still has the slots that it was included with."""
         included = self.included[variable_key(partition.variable)]
         return all(now is old for now, old in zip(self._states(included.number), included.states, strict=True))
 
@@ -184,7 +184,7 @@ class FusedStep(UpdateHook):
         return id(self._updates), frozenset(self._taken)
 
     def takes(self, partition: Partition, gradient: Gradient) -> bool:
-        """Whether a gradient of such a kind can be fused, for a variable."""
+        """Returns whether the update of a variable can be fused for a gradient of this kind."""
         dense = not isinstance(gradient, tf.IndexedSlices)
         return (dense or self._updates.formula.sparse) and self._updates.has_slots_of(partition)
 
@@ -302,7 +302,7 @@ _LARGE = 1 << 16
 
 
 def _calls(operands: list[ops.FusedOperand]) -> list[list[ops.FusedOperand]]:
-    """Which variables are updated in one call.
+    """Returns the variables in groups, each for one call.
 
     In a graph a large one by itself, as soon as its gradient is there: the backward pass goes on meanwhile, and the
     gradient's memory is free for it.

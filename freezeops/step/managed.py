@@ -20,7 +20,7 @@ Source = Literal["call", "load"]
 
 @dataclass
 class ManagedVariable:
-    """What an optimizer knows of one variable.
+    """The record of one variable.
 
     Attributes:
         partition: How it is split between frozen and trainable entries; it alone holds the mask bits.
