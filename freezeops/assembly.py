@@ -24,7 +24,7 @@ from freezeops.partitions.capacity import Capacity
 from freezeops.registry.planning import Planned
 from freezeops.registry.registry import MaskRegistry, awaiting_message
 from freezeops.registry.repack import Repacker
-from freezeops.registry.rules import VariableIndex
+from freezeops.registry.targets import VariableIndex
 from freezeops.slots.unfreezing import Policy
 from freezeops.step.binding import SlotBinding
 from freezeops.step.managed import ManagedVariable

@@ -32,7 +32,7 @@ from freezeops.partitions.partition import Partition
 from freezeops.registry.arguments import INNER_ARGUMENTS, check_arguments
 from freezeops.registry.methods import MaskMethods
 from freezeops.registry.registry import MaskRegistry, awaiting_message
-from freezeops.registry.rules import VariableIndex
+from freezeops.registry.targets import VariableIndex
 from freezeops.step.managed import ManagedVariable
 from freezeops.step.traced_writes import guarded
 from freezeops.storage.stored import Stored

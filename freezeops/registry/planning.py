@@ -11,9 +11,10 @@ import tensorflow as tf
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.partitions.plan import Plan, Request, plan
-from freezeops.registry import rules
+from freezeops.registry import rules, targets
 from freezeops.registry.changes import Changes
-from freezeops.registry.rules import Loaded, MaskRule, VariableIndex
+from freezeops.registry.rules import Loaded, MaskRule
+from freezeops.registry.targets import VariableIndex
 from freezeops.storage import saved_names
 from freezeops.storage.matching import refusal
 
@@ -105,7 +106,7 @@ class Planner:
         planned, index = self._planned, self._index
         for position in index.find(rule.target):
             variable = index.variables[position]
-            rules.check_maskable_dtype(variable)
+            targets.check_maskable_dtype(variable)
             planned.changes.stated[position] = "call"
             if rule.entries is rules.LEFT_OUT:
                 planned.awaiting.add(position)

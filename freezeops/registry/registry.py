@@ -18,7 +18,8 @@ from freezeops.partitions.plan import Room
 from freezeops.registry import rules, rules_config
 from freezeops.registry.changes import Changes, changes_of
 from freezeops.registry.planning import Planned, Planner
-from freezeops.registry.rules import Loaded, MaskRule, VariableIndex
+from freezeops.registry.rules import Loaded, MaskRule
+from freezeops.registry.targets import VariableIndex
 from freezeops.step.managed import ManagedVariable
 from freezeops.step.traced_writes import TracedWrites
 from freezeops.storage import saved_names

@@ -15,7 +15,7 @@ from freezeops.partitions.compact_values import gather_values, scatter_values
 from freezeops.partitions.full import FullPartition
 from freezeops.partitions.partition import MaskedPartition
 from freezeops.partitions.plan import CompactPlan, FullPlan, Request, plan
-from freezeops.registry import rules
+from freezeops.registry import targets
 from freezeops.registry.registry import MaskRegistry
 from freezeops.registry.rules import MaskRule
 from freezeops.slots.entry_state import EntryState
@@ -64,7 +64,7 @@ class Repacker:
             rule = MaskRule("register_mask", target, mask)
             for position in index.find(rule.target):
                 given.add(position)
-                rules.check_maskable_dtype(index.variables[position])
+                targets.check_maskable_dtype(index.variables[position])
                 masks[position] = rule.apply_to(masks[position])
         maskable = registry.by_position(registry.maskable, index)
         rooms = registry.rooms(index, capacity)

@@ -12,7 +12,8 @@ from rich.text import Text
 from freezeops.keras_compat.variables import is_variable, variable_path
 from freezeops.masks.layout import Layout, Shape
 from freezeops.partitions.plan import Mode
-from freezeops.registry.rules import ExactPath, Loaded, MaskRule
+from freezeops.registry.rules import Loaded, MaskRule
+from freezeops.registry.targets import ExactPath
 from freezeops.step import fused
 from freezeops.step.fused import NotFused
 from freezeops.step.managed import ManagedVariable

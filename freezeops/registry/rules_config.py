@@ -15,7 +15,8 @@ import numpy as np
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.registry.rules import LEFT_OUT, Booleans, ExactPath, Loaded, MaskRule
+from freezeops.registry.rules import LEFT_OUT, Booleans, Loaded, MaskRule
+from freezeops.registry.targets import ExactPath
 from freezeops.storage.saved_names import Named
 from freezeops.storage.stored import Stored
 from freezeops.storage.stored_mask import RawMask, StoredMask
