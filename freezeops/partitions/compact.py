@@ -19,8 +19,8 @@ from freezeops.masks import packing
 from freezeops.masks.layout import Layout, elementwise
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.ops import reference
 from freezeops.ops.gradients import Gradient, mask_with_bits
+from freezeops.ops.shapes import of_shape, slices_of_shape
 from freezeops.partitions import partition
 from freezeops.partitions.partition import MaskedPartition, Plan, fit
 
@@ -257,7 +257,7 @@ class CompactPartition(MaskedPartition):
             self._fill(indices)
             return self._take_slices(gradient, indices[0]), indices
         if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
-            gradient = reference.of_shape(gradient, tf.TensorShape(self.variable.shape))
+            gradient = of_shape(gradient, tf.TensorShape(self.variable.shape))
             self._fill(indices)
             compact = ops.gather_trainable(gradient, *indices[0], self.layout)
         else:
@@ -293,7 +293,7 @@ class CompactPartition(MaskedPartition):
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
         rows = self.variable.shape[0]
-        gradient = reference.slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
+        gradient = slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
         masked = mask_with_bits(gradient, index.mask, self.layout, self.rows)
         bits_per_row = self.layout.kept // rows
         # A row that does not exist is an error outside of XLA; there its bits stand for none, and it is dropped.
