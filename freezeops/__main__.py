@@ -1,10 +1,10 @@
-"""`python -m freezeops`: which versions, libraries and paths are in use here, and why."""
+"""`python -m freezeops`: the versions, libraries and ops in use here, with reasons."""
 
 import importlib.util
 import os
 import sys
 
-# The diagnosis is what is asked for, not TensorFlow's own notes about the machine.
+# TensorFlow's notes about the machine would stand between the tables.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from rich.console import Console
@@ -24,7 +24,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _cuda_rows(diagnosis: native.Diagnosis) -> list[tuple[str, str]]:
-    """What there is to say about GPUs."""
+    """Returns the rows on GPUs: kernels, driver, devices, and whether they go together."""
     kernels = diagnosis.cuda
     gpus = [f"{gpu.name} (compute capability {gpu.capability / 10})" for gpu in diagnosis.gpus]
     sees = ("GPUs that TensorFlow sees", ", ".join(gpus) or "none")

@@ -1,7 +1,7 @@
 """Masks in `tf.train.Checkpoint`: one string with paths, layouts and checksums, restored before any variable is.
 
-Checkpoints written before there was such a string hold a variable for each mask, by its position; its path is in the
-name that the checkpoint keeps of it. They are read as far as they leave one reading.
+Older checkpoints hold a variable for each mask, by its position; the path is in the full name of that variable. They
+are read if only one layout fits.
 """
 
 import re

@@ -10,14 +10,14 @@ from freezeops.messages import short
 
 
 def as_array(value: Any, name: str) -> np.ndarray:
-    """What a user gave, as an array.
+    """Returns an argument as an array.
 
     Args:
         value: An array, a list or a number.
-        name: The argument's name, for the message.
+        name: Name of the argument, for the message.
 
     Raises:
-        TypeError: If it is something that NumPy makes no array of: a set, a `dict.values()`, a generator.
+        TypeError: If NumPy makes no array of it: a set, a `dict.values()`, a generator.
         ValueError: If it is a list of lists that differ in length.
     """
     try:
@@ -37,18 +37,18 @@ def as_array(value: Any, name: str) -> np.ndarray:
 
 
 def check_not_flags(array: np.ndarray, size: int, name: str) -> None:
-    """Raises where integers could be meant as booleans: a vector of zeros and ones as long as the axis.
+    """Raises if integers could be meant as booleans: a vector of zeros and ones as long as the axis.
 
-    Not where each occurs once: `[0, 1]` on an axis of length 2 names both entries. Nobody who means indices repeats
-    them so that there are exactly as many as the axis is long.
+    `[0, 1]` on an axis of length 2 is not refused: as indices it names both entries. Indices are hardly ever repeated
+    so often that there are exactly as many as the axis is long.
 
     Args:
         array: Integer indices.
         size: Length of the axis.
-        name: The argument's name, for the message.
+        name: Name of the argument, for the message.
 
     Raises:
-        ValueError: If it is ambiguous.
+        ValueError: If both meanings are possible.
     """
     if array.shape != (size,) or not np.issubdtype(array.dtype, np.integer) or not size:
         return
@@ -61,12 +61,12 @@ def check_not_flags(array: np.ndarray, size: int, name: str) -> None:
 
 
 def check_indices(array: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Integer indices along an axis, or an error.
+    """Returns integer indices along an axis, after checking them.
 
     Args:
-        array: What was given; an empty list counts as no index.
+        array: The indices; an empty array of any dtype holds none.
         size: Length of the axis. Negative indices count from its end.
-        name: The argument's name, for the message.
+        name: Name of the argument, for the message.
 
     Raises:
         TypeError: If `array` is not of an integer type.
@@ -101,7 +101,7 @@ def check_broadcast(array_shape: Shape, shape: Shape, name: str) -> None:
     Args:
         array_shape: Shape of the array.
         shape: Shape of the tensor.
-        name: The argument's name, for the message.
+        name: Name of the argument, for the message.
 
     Raises:
         ValueError: If the rank differs, or an axis is neither 1 nor the tensor's.
@@ -121,7 +121,7 @@ def check_broadcast(array_shape: Shape, shape: Shape, name: str) -> None:
 
 
 def _rank_hint(array_shape: Shape, shape: Shape, name: str) -> str:
-    """The indexing that makes an array of smaller rank fit, if its axes say which."""
+    """Returns the indexing that makes an array of smaller rank fit, or "" if its axes do not tell."""
     missing = len(shape) - len(array_shape)
     if missing < 0:
         return ""
@@ -134,7 +134,7 @@ def _rank_hint(array_shape: Shape, shape: Shape, name: str) -> str:
 
 
 def flags(entries: Any, size: int, name: str) -> np.ndarray:
-    """A boolean vector from indices or from booleans."""
+    """Returns a boolean vector of `size` entries from booleans or integer indices; errors as for `check_indices`."""
     array = as_array(entries, name)
     if array.dtype == np.bool_:
         if array.shape != (size,):

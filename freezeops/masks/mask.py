@@ -14,7 +14,7 @@ from freezeops.messages import short
 
 
 class Mask:
-    """Which entries of a tensor are trainable (True) and which are frozen (False).
+    """A boolean mask over the entries of a tensor: True = trainable, False = frozen.
 
     A mask is immutable and takes one bit per entry, or one bit per row, column or
     channel where it is the same along the other axes. Make one with
@@ -23,18 +23,21 @@ class Mask:
 
     Example:
 
-    >>> mask = fz.Mask.rows((50_000, 64), [7, 12])   # rows 7 and 12 are trainable
+    >>> import freezeops as fz
+    >>> mask = fz.Mask.rows((50_000, 64), [7, 12])  # rows 7 and 12 are trainable
     >>> mask.count()
     128
     >>> (~mask).density
     0.99996
+    >>> mask
+    <Mask shape=(50000, 64), trainable=128 of 3200000 (density 4e-05), layout=(1, 50000, 64), 6250 bytes>
     """
 
     __module__ = "freezeops.mask"  # as pickles have it
     __slots__ = ("_layout", "_packed", "_shape")
 
     def __init__(self, shape: Sequence[int], layout: Layout, packed: np.ndarray):
-        """Wraps packed bits; most users want `Mask.from_array`.
+        """Makes a mask from packed bits; most users want `Mask.from_array`.
 
         Args:
             shape: Shape of the tensor.
@@ -44,7 +47,7 @@ class Mask:
                 1 = trainable. Bits beyond `kept` are ignored.
 
         Raises:
-            ValueError: If layout, shape and length do not belong together.
+            ValueError: If layout, shape and length do not fit together.
         """
         shape = _check_shape(shape)
         layout = _check_layout(layout)
@@ -66,24 +69,32 @@ class Mask:
         self._layout = layout
         self._packed = packed
 
-    # Ways to make one.
+    # Constructors.
 
     @classmethod
     def from_array(cls, array: Any, shape: Sequence[int] | None = None) -> "Mask":
-        """A mask from booleans.
+        """Makes a mask from booleans.
 
         Args:
             array: Array-like of booleans, True = trainable. Axes of length 1
                 broadcast; a scalar stands for every entry.
-            shape: Shape of the tensor. Defaults to the array's own.
+            shape: Shape of the tensor. Defaults to that of the array.
 
         Returns:
-            A `Mask` that keeps one bit per entry of `array` where a layout holds
+            A `Mask` with one bit per entry of `array` where a layout holds
             that, and one bit per entry of the tensor otherwise.
 
         Raises:
             TypeError: If `array` is not boolean.
             ValueError: If its rank or its axes do not fit `shape`.
+
+        Example:
+
+        >>> import numpy as np
+        >>> import freezeops as fz
+        >>> fz.Mask.from_array(np.array([[True], [False]]), (2, 3)).to_numpy()
+        array([[ True,  True,  True],
+               [False, False, False]])
         """
         if isinstance(array, Mask):
             if shape is not None and array.shape != _check_shape(shape):
@@ -109,17 +120,17 @@ class Mask:
 
     @classmethod
     def trainable(cls, shape: Sequence[int]) -> "Mask":
-        """Every entry trainable."""
+        """Makes a mask with every entry trainable."""
         return cls.from_array(True, _check_shape(shape))
 
     @classmethod
     def frozen(cls, shape: Sequence[int]) -> "Mask":
-        """Every entry frozen."""
+        """Makes a mask with every entry frozen."""
         return cls.from_array(False, _check_shape(shape))
 
     @classmethod
     def rows(cls, shape: Sequence[int], rows: Any) -> "Mask":
-        """Trainable at the named indices of the first axis, frozen elsewhere.
+        """Makes a mask that is trainable at the given indices of the first axis and frozen elsewhere.
 
         Args:
             shape: Shape of the tensor, of rank 1 or more.
@@ -132,7 +143,7 @@ class Mask:
 
     @classmethod
     def columns(cls, shape: Sequence[int], columns: Any) -> "Mask":
-        """Trainable at the named indices of the last axis, frozen elsewhere.
+        """Makes a mask that is trainable at the given indices of the last axis and frozen elsewhere.
 
         Args:
             shape: Shape of the tensor, of rank 1 or more.
@@ -151,26 +162,26 @@ class Mask:
         flags = checks.flags(entries, shape[axis], name)
         return cls(shape, layouts.named(name, shape), packing.pack_bits(flags))
 
-    # What it holds.
+    # Properties and conversions.
 
     @property
     def shape(self) -> Shape:
-        """Shape of the tensor that it masks."""
+        """Shape of the tensor."""
         return self._shape
 
     @property
     def layout(self) -> Layout:
-        """`(outer, kept, inner)`; see `freezeops.layout`."""
+        """Layout of the bits: `(outer, kept, inner)`; see `freezeops.masks.layout`."""
         return self._layout
 
     @property
     def packed(self) -> np.ndarray:
-        """The bits: a read-only `uint8` vector of `ceil(kept / 8)` bytes."""
+        """The packed bits: a read-only `uint8` vector of `ceil(kept / 8)` bytes."""
         return self._packed
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the bits take."""
+        """Size of the packed bits in bytes."""
         return self._packed.nbytes
 
     @property
@@ -179,28 +190,28 @@ class Mask:
         return self._layout.size
 
     def count(self) -> int:
-        """Number of trainable entries."""
+        """Returns the number of trainable entries."""
         outer, kept, inner = self._layout
         return outer * inner * packing.count_bits(self._packed, kept)
 
     @property
     def density(self) -> float:
-        """Trainable entries / all entries; 1.0 for an empty tensor."""
+        """Share of trainable entries, from 0.0 to 1.0; 1.0 for an empty tensor."""
         return self.count() / self.size if self.size else 1.0
 
     def indices(self) -> np.ndarray:
-        """Positions of the trainable entries in the flattened tensor, ascending, `int64`."""
+        """Returns the positions of the trainable entries in the flattened tensor, ascending, as `int64`."""
         mask = self.with_layout(layouts.elementwise(self._shape))
         return packing.bit_indices(mask._packed, mask.size)
 
     def to_numpy(self) -> np.ndarray:
-        """A boolean array of the tensor's shape."""
+        """Returns the mask as a boolean array of the tensor's shape."""
         outer, kept, inner = self._layout
         bits = packing.unpack_bits(self._packed, kept).reshape(1, kept, 1)
         return np.broadcast_to(bits, (outer, kept, inner)).reshape(self._shape)
 
     def with_layout(self, layout: Layout) -> "Mask":
-        """The same mask in another layout.
+        """Returns the same mask in another layout.
 
         Args:
             layout: `(outer, kept, inner)` of the same number of entries.
@@ -215,7 +226,7 @@ class Mask:
         if layout == self._layout:
             return self
         bits = self.to_numpy().reshape(layout)
-        # Empty axes have no representative to compare with.
+        # Empty axes have no first entry to compare with.
         kept = bits[0, :, 0] if layout.outer and layout.inner else np.ones(layout.kept, bool)
         if not np.array_equal(np.broadcast_to(kept[None, :, None], layout), bits):
             raise ValueError(
@@ -257,7 +268,7 @@ class Mask:
         return np.array_equal(self.to_numpy(), other.to_numpy())
 
     def __hash__(self) -> int:
-        # Equal masks may differ in layout, so only what no layout changes counts here.
+        # Equal masks may differ in layout, so the layout must not count here.
         return hash((self._shape, self.count()))
 
     def __bool__(self) -> bool:

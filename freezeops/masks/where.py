@@ -43,21 +43,21 @@ class Booleans:
 
 
 def named_entries(where: Any, shape: Shape) -> Mask:
-    """The entries that `where` names, as a mask that is True there.
+    """Returns a mask that is True at the entries that `where` names.
 
     Args:
         where: `None` for all; a boolean array (axes of length 1 broadcast, a scalar
             stands for all); an index expression (a slice, or a tuple as `np.s_`
             makes it); or integer indices along the first axis. As many zeros and ones
             as an axis is long could be booleans as well: they are refused, unless each
-            occurs once (`[0, 1]` on an axis of length 2 names both).
+            occurs once (`[0, 1]` on an axis of length 2 names both entries).
         shape: Shape of the variable.
 
     Returns:
-        A `Mask`; with one bit per row or column where no more is needed.
+        A `Mask`, with one bit per row or column if no more are needed.
 
     Raises:
-        TypeError: If `where` is a `Mask`, or neither boolean, integer nor an index.
+        TypeError: If `where` is a `Mask`, or neither booleans, integers nor an index.
         ValueError: If a boolean array does not fit the shape, or integers could be meant
             as booleans.
         IndexError: If an index is outside of the variable.
@@ -87,10 +87,10 @@ def named_entries(where: Any, shape: Shape) -> Mask:
 
 
 def _indexed(index: tuple, shape: Shape) -> Mask:
-    """The entries of an index expression, on an array with length 1 along whole axes."""
+    """Returns a mask of the entries of an index expression, from an array of length 1 along whole axes."""
     small = list(shape)
     if not any(part is None or _is_boolean(part) for part in index):
-        # Each part stands for one axis, so whole axes can be told and left out.
+        # Each part stands for one axis, so whole axes need length 1 only.
         index = _without_ellipsis(index, len(shape))
         arrays = [axis for axis, part in enumerate(index) if np.ndim(part) and axis < len(shape)]
         if len(arrays) == 1:  # Several are coordinates of entries, and their zeros and ones repeat.
@@ -117,7 +117,7 @@ def _is_whole(part: Any) -> bool:
 
 
 def _without_ellipsis(index: tuple, rank: int) -> tuple:
-    """The index with a single `...` written out."""
+    """Returns an index with a single `...` written out as slices."""
     positions = [i for i, part in enumerate(index) if part is Ellipsis]
     if len(positions) != 1:
         return index

@@ -22,7 +22,7 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def _reason_for_reference() -> str | None:
-    """Why the twins run, or None if the native ops do."""
+    """Returns the reason for which the twins run, or None if the native ops do."""
     if backend.is_reference():
         return "FREEZEOPS_BACKEND=reference"
     if native.op_library() is None:
@@ -35,14 +35,14 @@ def _reason_for_reference() -> str | None:
 
 
 def _library(dtype: tf.DType = tf.float32) -> ModuleType | None:
-    # Gradients may be of another dtype than any variable: integers, booleans.
+    # A gradient may have a dtype that no variable has: integers, booleans.
     if dtype.name not in FLOAT_DTYPES or _reason_for_reference():
         return None
     return native.op_library()
 
 
 def paths() -> dict[str, str]:
-    """Which path each op takes here, as text for people: `python -m freezeops` prints it."""
+    """Returns for each op "native", or "reference" and the reason, as `python -m freezeops` prints it."""
     reason = _reason_for_reference()
     host = "native" if packing.host_module() else "reference (no host module)"
     if backend.is_reference():
@@ -52,7 +52,7 @@ def paths() -> dict[str, str]:
 
 
 def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """The gradient where the mask's bit is 1, and +0.0 where it is 0.
+    """Returns the gradient where the mask's bit is 1, and +0.0 where it is 0.
 
     Args:
         gradient: Tensor with `layout.size` entries; the native op is for a dtype in `FLOAT_DTYPES`.
@@ -69,14 +69,14 @@ def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Te
 
 
 def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: Layout, rows: int) -> tf.Tensor:
-    """Masks the values of a `tf.IndexedSlices`; see `reference.mask_slices`."""
+    """Returns masked values of a `tf.IndexedSlices`; see `reference.mask_slices`."""
     if library := _library(values.dtype):
         return library.freezeops_mask_slices(values, indices, mask, layout=list(layout), rows=rows)
     return reference.mask_slices(values, indices, mask, layout, rows)
 
 
 def remember_frozen(variable: tf.Variable, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """What `restore_frozen` needs; opaque. See `reference.remember_frozen`."""
+    """Returns a snapshot of the frozen entries, for `restore_frozen`; see `reference.remember_frozen`."""
     if library := _library():
         return library.freezeops_remember_frozen(variable.handle, mask, T=variable.dtype, layout=list(layout))
     return reference.remember_frozen(variable, mask, layout)
@@ -88,8 +88,7 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
     Args:
         variable: Resource variable with `layout.size` entries.
         mask: `uint8` vector of `layout.packed_bytes` bytes.
-        snapshot: What `remember_frozen` returned, or a vector of `layout.size`
-            entries to take the frozen ones from.
+        snapshot: A snapshot of `remember_frozen`, or a vector of `layout.size` entries.
         layout: How the bits spread over the variable.
     """
     if library := _library():
@@ -101,7 +100,7 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
 def gather_trainable(
     source: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
-    """The trainable entries of a tensor in order; see `reference.gather_trainable`."""
+    """Returns the trainable entries of a tensor in order; see `reference.gather_trainable`."""
     if library := _library(source.dtype):
         return library.freezeops_gather_trainable(source, mask, offsets, indices, layout=list(layout))
     return reference.gather_trainable(source, mask, offsets, indices, layout)
@@ -110,7 +109,7 @@ def gather_trainable(
 def read_trainable(
     variable: tf.Variable, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
-    """`gather_trainable` from a variable."""
+    """Returns `gather_trainable` of a variable's value."""
     if library := _library():
         return library.freezeops_read_trainable(
             variable.handle, mask, offsets, indices, T=variable.dtype, layout=list(layout)
@@ -126,7 +125,7 @@ def take_trainable(
     indices: tf.Tensor,
     layout: Layout,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """`gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, at once."""
+    """Returns `gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, in one op."""
     if library := _library():
         return library.freezeops_take_trainable(variable.handle, gradient, mask, offsets, indices, layout=list(layout))
     return reference.take_trainable(variable, gradient, mask, offsets, indices, layout)
@@ -148,7 +147,7 @@ def scatter_trainable(
 
 
 def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int) -> tf.Tensor:
-    """How many ones there are before each of some bits; see `reference.rank_trainable`."""
+    """Returns the number of ones before each of some bits; see `reference.rank_trainable`."""
     if library := _library():
         return library.freezeops_rank_trainable(bits, mask, offsets, indices, kept=kept)
     return reference.rank_trainable(bits, mask, offsets, indices, kept)
@@ -162,10 +161,9 @@ def seed_slots(
     powers: Sequence[int],
     materialized: bool = False,
 ) -> None:
-    """Starts the slots of entries that were unfrozen late; see `reference.seed_slots`.
+    """Seeds the slots of entries that were unfrozen late; see `reference.seed_slots`.
 
-    `materialized`: whether the gradient is in memory anyway, so that XLA does better to call a
-    kernel than to fuse.
+    `materialized` is True if the gradient is in memory anyway: XLA then calls a kernel rather than fusing.
     """
     library = _library()
     if library is None:

@@ -1,4 +1,4 @@
-"""Whether compiled CUDA kernels can run on the GPUs of this machine."""
+"""Checks that compiled CUDA kernels can run on the GPUs of this machine: driver and compute capability."""
 
 import dataclasses
 from collections.abc import Sequence

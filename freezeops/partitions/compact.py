@@ -15,8 +15,8 @@ from freezeops.keras_compat.variables import Variable, components, replica_numbe
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
-from freezeops.ops import reference
 from freezeops.ops.gradients import Gradient, mask_with_bits
+from freezeops.ops.shapes import of_shape, slices_of_shape
 from freezeops.partitions.capacity import beyond_capacity_message
 from freezeops.partitions.guards import Guard
 from freezeops.partitions.partition import Description, MaskedPartition, MaskOperand, Taken
@@ -167,7 +167,7 @@ class CompactPartition(MaskedPartition):
             self._fill(indices)
             return Taken(self._take_slices(gradient, indices[0]), self._inner, guard)
         if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
-            gradient = reference.of_shape(gradient, tf.TensorShape(self.variable.shape))
+            gradient = of_shape(gradient, tf.TensorShape(self.variable.shape))
             self._fill(indices)
             compact = ops.gather_trainable(gradient, *indices[0], self.layout)
         else:
@@ -210,7 +210,7 @@ class CompactPartition(MaskedPartition):
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
         rows = self.variable.shape[0]
-        gradient = reference.slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
+        gradient = slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
         masked = mask_with_bits(gradient, index.mask, self.layout, self._row_count)
         bits_per_row = self.layout.kept // rows
         # A row that does not exist is an error outside of XLA; there its bits stand for none, and it is dropped.
