@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import ops
 from freezeops.files.checkpoints import MaskStore
 from freezeops.keras_compat import stored_state
 from freezeops.keras_compat.known import writes_only_given
@@ -47,8 +46,10 @@ from freezeops.keras_compat.wrapped import (
     trained_variables,
     wrapped_optimizers,
 )
+from freezeops.masks import packing
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
+from freezeops.ops.gradients import Gradient
 from freezeops.partitions import compact, partition
 from freezeops.partitions.compact import Capacity, CompactPartition, TrainableIndex
 from freezeops.partitions.compact_values import gather_values, scatter_values
@@ -75,7 +76,6 @@ from freezeops.step.fused import FusedStep, FusedUpdates
 from freezeops.step.traced_writes import guarded
 from freezeops.storage import saved_names
 from freezeops.storage.stored import Stored
-from freezeops.transforms import Gradient
 
 _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "loss_scale_factor", "gradient_accumulation_steps")
 
@@ -415,7 +415,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         assert plan.layout is not None and plan.mask is not None
         bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
         packed = numpy_of(bits)  # where there are several workers: the chief's
-        room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
+        room = max(plan.capacity, packing.count_bits(packed, plan.layout.kept))
         offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
         if plan.pending:
             indices[:] = compact.pending_index(indices.dtype)

@@ -25,7 +25,7 @@ def _run(path: str, arguments: list[str], environment: dict[str, str], log: str)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [path, *arguments]
-    sys.path.insert(0, str(Path(path).parent))
+    sys.path[:0] = [str(Path(path).parent), str(Path(__file__).parent)]
     runpy.run_path(path, run_name="__main__")
 
 

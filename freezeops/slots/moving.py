@@ -6,9 +6,9 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from freezeops import ops
 from freezeops.keras_compat.variables import Variable
 from freezeops.keras_compat.wrapped import step_count
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.slots.catalogue import Slot
@@ -72,7 +72,9 @@ class CompactSlots(VariableSlots):
             new: The mask from now on.
             mask_layout: The layout of the mask on the device.
         """
-        before, after = (ops.bit_indices(mask.with_layout(mask_layout).packed, mask_layout.kept) for mask in (old, new))
+        before, after = (
+            packing.bit_indices(mask.with_layout(mask_layout).packed, mask_layout.kept) for mask in (old, new)
+        )
         recent = self._recent_under(old)
         known = before if recent is None else np.concatenate([before, recent.positions])
         _, source, target = np.intersect1d(known, after, assume_unique=True, return_indices=True)

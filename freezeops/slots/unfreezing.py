@@ -16,7 +16,7 @@ from freezeops import ops
 from freezeops.keras_compat.hooks import StepHook, before_updates
 from freezeops.keras_compat.variables import Variable, component_beside, components, numpy_of, variable_key
 from freezeops.keras_compat.wrapped import step_count
-from freezeops.masks import layout
+from freezeops.masks import layout, packing
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.slots.catalogue import Slot
@@ -138,7 +138,7 @@ class VariableSlots:
     def waiting(self) -> np.ndarray:
         """Returns booleans of the variable's shape: `True` for entries that wait to be seeded. Only where some can."""
         assert self.unseeded is not None
-        flags = ops.unpack_bits(numpy_of(self.unseeded), self._size)
+        flags = packing.unpack_bits(numpy_of(self.unseeded), self._size)
         return flags.reshape(tuple(self.variable.shape))
 
     def set_waiting(self, flags: np.ndarray) -> None:
@@ -148,7 +148,7 @@ class VariableSlots:
             flags: As from `waiting`.
         """
         assert self.unseeded is not None
-        self.unseeded.assign(ops.pack_bits(flags))
+        self.unseeded.assign(packing.pack_bits(flags))
 
     @property
     def seeded(self) -> list[Slot]:

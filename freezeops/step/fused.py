@@ -19,12 +19,12 @@ from freezeops.keras_compat.hooks import UpdateHook, updating_together
 from freezeops.keras_compat.variables import Variable, component_beside, device_of, dtype_name, variable_key
 from freezeops.keras_compat.wrapped import decays_weight, wrapped_optimizers
 from freezeops.masks.layout import Layout
+from freezeops.ops.gradients import Gradient
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
 from freezeops.slots.catalogue import Slot, UpdateFormula
 from freezeops.slots.unfreezing import Seeding, VariableSlots
 from freezeops.step.formulas import formula_of
-from freezeops.transforms import Gradient
 
 
 def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> bool:
