@@ -1,6 +1,6 @@
 """The pure-TensorFlow twin of the fused updates: Keras's optimizers on each entry, operation by operation.
 
-The same arithmetic is in `csrc/kernels/fused_rules.h`. Read in Keras 3.15.1, `optimizers/*.py`.
+The same arithmetic is in `csrc/kernels/common/update_rules.h`. Read in Keras 3.15.1, `optimizers/*.py`.
 """
 
 from collections.abc import Callable, Sequence

@@ -69,7 +69,7 @@ class UpdateFormula:
     """How an optimizer updates one entry, so that a native kernel can do it.
 
     Attributes:
-        name: Its name in `csrc/kernels/fused_rules.h` and in `ops/reference_updates.py`.
+        name: Its name in `csrc/kernels/common/update_rules.h` and in `ops/reference_updates.py`.
         slots: Attributes of the optimizer that hold the slots, in the order given there.
         scalars: Function of an optimizer, its learning rate and the variables' dtype. It returns the
             factor of an update, then the further numbers of the formula, in the order given there.
