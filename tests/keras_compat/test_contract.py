@@ -25,6 +25,7 @@ import freezeops.__main__
 from freezeops import legacy
 from freezeops.keras_compat import contract, inspection, tf_keras_contract, versions
 from freezeops.keras_compat.contract import Contract, Needs
+from freezeops.keras_compat.wrapped import average_slots
 from freezeops.slots import catalogue
 from tests.common import assert_same_bits
 
@@ -326,6 +327,12 @@ class Old:
         local = 1
         return local
 
+    def wrapped(self, *args, **kwargs):
+        return self.caller(*args, **kwargs)
+
+    wrapped_by_another = staticmethod(lambda *args: args)
+    wrapped_by_another.__func__.__module__ = "another_package"
+
 
 OLD = f"{__name__}.Old"
 
@@ -345,6 +352,10 @@ OLD = f"{__name__}.Old"
         (Needs(OLD, "_called", "", called_by=f"{OLD}.caller"), ""),
         (Needs(OLD, "_called", "", called_by=f"{OLD}.others"), "does not call"),
         (Needs(OLD, "_called", "", called_by=f"{OLD}.gone"), "which calls"),
+        (Needs(OLD, "wrapped", "", arguments=("a",), replaced=True), ""),
+        (Needs(OLD, "_called", "", called_by="numpy.mean"), "does not call"),
+        (Needs("numpy.linalg", "norm", "", called_by=f"{OLD}.others"), "does not call"),
+        (Needs(OLD, "_called", "", called_by=f"{OLD}.wrapped_by_another"), ""),
         (Needs(OLD, "_set", "", on_instances=True), ""),
         (Needs(OLD, "_not_set", "", on_instances=True), "is missing"),
         (Needs(f"{OLD}.others", "local", "", in_code=True), ""),
@@ -490,22 +501,38 @@ def test_an_average_that_is_asked_for_late_is_guarded(fresh_callback):
     assert hasattr(keras.callbacks.SwapEMAWeights._swap_variables, "_freezeops_guard")
 
 
-def test_averages_that_keras_would_pair_with_other_variables(monkeypatch):
-    optimizer = fz.MaskedOptimizer(averaging())
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(3, name="b")])
-    optimizer.freeze("a/kernel", permanent=True)
-    model.compile(optimizer, "mse", jit_compile=False)
-    model.fit(X, Y, verbose=0)
+def average_of(optimizer, variable):
+    return next(average for own, average in average_slots(optimizer.inner_optimizer) if own.path == variable.path)
 
-    def swap(self, optimizer):
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("keras_pairs_with", ["the optimizer's variables", "the model's"])
+def test_averages_are_swapped_with_the_variables_that_they_are_of(monkeypatch, keras_pairs_with, state):
+    def swap(self, optimizer):  # as before Keras 3.15
         for var, average in zip(self.model.trainable_variables, optimizer._model_variables_moving_average):  # noqa: B905
+            value = var.numpy()
             var.assign(average)
+            average.assign(value)
 
-    monkeypatch.setattr(keras.callbacks.SwapEMAWeights, "_tf_swap_variables", swap)
+    optimizer = fz.MaskedOptimizer(averaging(), {"b/kernel": np.eye(3) == 1}, state=state)
+    optimizer.freeze("a/kernel", permanent=True)
+    layers = [keras.layers.Dense(3, name=name) for name in "ab"]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile(optimizer, "mse", jit_compile=False)
+    for _ in range(3):
+        model.train_on_batch(X, Y)  # not `fit`, which ends with the averages
+    bias, average = (variable.numpy() for variable in (layers[0].bias, average_of(optimizer, layers[0].bias)))
+    before = [weight.copy() for weight in model.get_weights()]
+    if keras_pairs_with == "the model's":
+        monkeypatch.setattr(keras.callbacks.SwapEMAWeights, "_tf_swap_variables", swap)
     callback = keras.callbacks.SwapEMAWeights()
     callback.set_model(model)
-    with pytest.raises(ValueError, match=r"before Keras 3\.13"):
-        callback.on_test_begin()
+    callback.on_test_begin()
+    after = model.get_weights()
+    assert_same_bits(after[0], before[0])
+    assert (bias != average).all() and np.allclose(after[1], average)
+    assert_same_bits(after[2][np.eye(3) != 1], before[2][np.eye(3) != 1])
+    assert (after[2][np.eye(3) == 1] != before[2][np.eye(3) == 1]).all()
 
 
 @pytest.mark.parametrize(
