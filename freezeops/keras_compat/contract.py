@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from freezeops.keras_compat import versions
-from freezeops.keras_compat.inspection import arguments_of, find, mentions, sets
+from freezeops.keras_compat.inspection import arguments_of, find, is_of_package, mentions, sets
 from freezeops.notices import warn
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that freezeops can do without.
+    """A feature that freezeops can do without.
 
     Attributes:
         name: Its name, for users.
@@ -52,7 +52,7 @@ WRITES = Feature("warnings of other writes", "layers and train steps that write 
 
 @dataclass(frozen=True)
 class Needs:
-    """Something private that freezeops uses.
+    """A private name that freezeops uses: a line of a table.
 
     Attributes:
         owner: Dotted name of the class, module or function that it belongs to.
@@ -104,13 +104,16 @@ class Needs:
                 caller = find(self.called_by)
             except AttributeError:
                 return f"`{self.called_by}`, which calls {self}, is missing"
-            if not mentions(caller, self.name):
+            # Of somebody's wrapper around the caller nothing is known.
+            if is_of_package(caller, self.called_by) and not mentions(caller, self.name):
                 return f"`{self.called_by}` does not call {self}"
         return ""
 
     def _wrong_arguments(self, found: Any) -> str:
         assert self.arguments is not None
         parameters = arguments_of(found)
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            return ""  # somebody's wrapper around it takes anything
         names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
         count = len(self.arguments)
         needed = [each for each in parameters[count:] if each.default is each.empty and each.name in names]
@@ -120,7 +123,7 @@ class Needs:
 
 
 class Contract:
-    """What freezeops uses of one package, compared with what is installed.
+    """A table of the private names of one package, compared with what is installed.
 
     Args:
         package: The package's name, for users.
@@ -138,7 +141,7 @@ class Contract:
         self._told = False
 
     def broken(self) -> list[tuple[Needs, str]]:
-        """Returns what is not as the table says, each with what is wrong."""
+        """Returns the lines that do not hold in the installed version, each with what is wrong."""
         if self._broken is None:
             problems = [(need, need.problem()) for need in self.needs if not self._is_too_old(need)]
             self._broken = [(need, problem) for need, problem in problems if problem]
@@ -432,7 +435,7 @@ def notes() -> list[str]:
 
 
 def is_on(feature: Feature) -> bool:
-    """Returns whether everything is there that a feature needs."""
+    """Returns `True` if the installed Keras and TensorFlow have all that a feature needs."""
     return feature not in TENSORFLOW.off() and feature not in KERAS.off()
 
 

@@ -37,8 +37,14 @@ def arguments_of(function: Any) -> list[inspect.Parameter]:
     return parameters[1:] if parameters and parameters[0].name == "self" else parameters
 
 
+def is_of_package(function: Any, path: str) -> bool:
+    """Returns `True` if a function was defined in the package that a dotted name begins with."""
+    root = path.partition(".")[0]
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == _ROOTS.get(root, root)
+
+
 def mentions(function: Any, name: str) -> bool:
-    """Returns whether a function's code mentions a name: an attribute, a variable, or a function that it calls."""
+    """Returns `True` if a function's code mentions a name: an attribute, a variable, or a function that it calls."""
     return any(
         name in (*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars) for code in _codes(function)
     )
@@ -46,7 +52,7 @@ def mentions(function: Any, name: str) -> bool:
 
 @functools.cache
 def sets(cls: type, name: str) -> bool:
-    """Returns whether a method of a class, or of a base class, sets an attribute of this name on some object."""
+    """Returns `True` if a method of a class, or of a base class, sets an attribute of this name on some object."""
     return any(
         instruction.opname == "STORE_ATTR" and instruction.argval == name
         for base in cls.__mro__

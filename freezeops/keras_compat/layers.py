@@ -11,7 +11,7 @@ from freezeops.keras_compat.variables import Variable, is_variable
 
 
 def moving_state(target: Any) -> list[Variable]:
-    """Float state that a layer updates by itself while it is trainable; of anything else, none.
+    """Returns the float state that a layer updates by itself while it is trainable; of anything else, none.
 
     Args:
         target: A layer of Keras or of tf_keras, or something else.
@@ -25,7 +25,7 @@ def moving_state(target: Any) -> list[Variable]:
 
 
 def rewritten_weights(target: Any) -> list[Variable]:
-    """Weights that layers of known classes assign in their forward pass, trainable or not; of anything else, none.
+    """Returns the weights that layers of known classes assign in their forward pass; of anything else, none.
 
     Args:
         target: A layer of Keras or of tf_keras, or something else.

@@ -12,11 +12,11 @@ from freezeops.keras_compat.wrapped import wrapped_optimizers
 
 
 class WeightsFile(NamedTuple):
-    """What Keras loads at the moment.
+    """The weights file that Keras is loading.
 
     Attributes:
         model: The model; `None` where nothing is loaded, or that cannot be told.
-        skip_mismatch: Whether what does not fit is to be skipped.
+        skip_mismatch: `True` if what does not fit is to be skipped.
         token: The same during one load; `None` where nothing is loaded.
     """
 
@@ -26,7 +26,7 @@ class WeightsFile(NamedTuple):
 
 
 def weights_being_loaded() -> WeightsFile:
-    """What `load_weights` was called with, or `load_model` loads, if this is called by it.
+    """Returns the file that `load_weights` or `load_model` is loading, if this is called by it.
 
     Keras hands it to nobody; but it is on the call stack while optimizers load their state.
     """
@@ -44,7 +44,7 @@ def weights_being_loaded() -> WeightsFile:
 
 
 def paths_of_model(optimizer: Any) -> set[str]:
-    """The paths of all variables, trained or not, of the model that an optimizer is for, where it is at hand.
+    """Returns the paths of all variables, trained or not, of the model that an optimizer is for, if it is at hand.
 
     That is, where the model builds the optimizer or loads a file, or a checkpoint is restored: it is on the call stack.
     """

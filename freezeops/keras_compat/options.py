@@ -29,7 +29,7 @@ class InnerOption:
 
 
 class InnerOptions:
-    """Lends a wrapper the options of what it wraps: a mix-in.
+    """Mix-in that gives a wrapper the options of the optimizer that it wraps.
 
     Those that every optimizer has, and by their names those that only the inner one has, such as
     `beta_1` or a loss scaler's `dynamic_growth_steps`. Functions that were traced before go on
@@ -61,6 +61,10 @@ class InnerOptions:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss_scale_factor" and isinstance(getattr(type(self), name, None), property):
+            # Past Keras, which drops a value that is there already: the setter is to see every scaler put around.
+            object.__setattr__(self, name, value)
+            return
         own = name in vars(self) or hasattr(type(self), name)
         if own or (owner := self._owner_of_its_own(name)) is None:
             super().__setattr__(name, value)
@@ -74,7 +78,7 @@ class InnerOptions:
         return wrapped_optimizers(self.inner_optimizer)
 
     def _option_owner(self, name: str) -> Any:
-        """The optimizer that an option is of.
+        """Returns the optimizer that an option belongs to.
 
         Raises:
             AttributeError: If there are several.
@@ -89,7 +93,7 @@ class InnerOptions:
         return inside[-1]
 
     def _owner_of_its_own(self, name: str) -> Any:
-        """What is wrapped and has a public attribute that this one has not; `None` where nothing has."""
+        """Returns the wrapped optimizer with a public attribute that this one has not; `None` if none has it."""
         # `_registry` is the first attribute of this one's own that is private: before, it is not all there.
         if name.startswith("_") or "_registry" not in vars(self):
             return None
@@ -165,4 +169,4 @@ _SLOTS = {
     "use_ema": "_model_variables_moving_average",
     "gradient_accumulation_steps": "_accumulated_gradients",
 }
-"""By the option that needs them: where an optimizer has its slots."""
+"""By option, the attribute that holds the slots it needs."""

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ from freezeops.keras_compat.wrapped import base_optimizers, trained_variables, w
 def loss_scaler_that_builds(
     optimizer: keras.optimizers.Optimizer,
 ) -> keras.optimizers.LossScaleOptimizer | None:
-    """The `LossScaleOptimizer` that wraps an optimizer, if it is now building it.
+    """Returns the `LossScaleOptimizer` that wraps an optimizer, if it is building it just now.
 
     `compile` makes the wrapper by itself under `mixed_float16`, and nothing points
     from the inner optimizer to it; but it is on the call stack when it builds.
@@ -44,7 +45,7 @@ def mask_before_loss_scaling(
     scaler: keras.optimizers.LossScaleOptimizer,
     mask: Callable[[Sequence[Any], Sequence[Variable] | None], list[Any]],
 ) -> None:
-    """Has a `LossScaleOptimizer` mask gradients before it looks whether they are finite.
+    """Makes a `LossScaleOptimizer` mask gradients before it checks that they are finite.
 
     Args:
         scaler: The wrapper. It is changed, once.
@@ -65,7 +66,7 @@ Around = Callable[[Any], AbstractContextManager | None]
 
 
 def guard_swaps(optimizer: keras.optimizers.Optimizer, around: Around) -> None:
-    """Has Keras's `SwapEMAWeights` do its work inside of a guard, and on the optimizers that have averages.
+    """Makes Keras's `SwapEMAWeights` keep frozen entries, and find averages behind several wrappers.
 
     It swaps a variable with its average by adding and subtracting, which turns -0.0
     into 0.0 and an infinity into NaN, and gives nobody a say. And it looks behind one
@@ -95,11 +96,9 @@ def guard_swaps(optimizer: keras.optimizers.Optimizer, around: Around) -> None:
                     "SwapEMAWeights must be used with an optimizer that has `use_ema=True` and is built. Received: "
                     f"use_ema={[base.use_ema for base in base_optimizers(optimizer)]}"
                 )
-            for base in averaging:
-                _check_pairs(self, of_one, base)
             with guard:
                 for base in averaging:
-                    getattr(self, of_one)(base)
+                    _for_variables_of(base, self, of_one)(base)
 
         call._freezeops_guard = True  # type: ignore[attr-defined]
         return call
@@ -113,27 +112,20 @@ def guard_swaps(optimizer: keras.optimizers.Optimizer, around: Around) -> None:
             setattr(callback, name, guarded(method, of_one))
 
 
-def _check_pairs(callback: Any, method: str, optimizer: keras.optimizers.Optimizer) -> None:
-    """Raises if the callback would pair variables with averages of others.
+def _for_variables_of(optimizer: keras.optimizers.Optimizer, callback: Any, name: str) -> Callable[[Any], None]:
+    """Returns a method of the callback that pairs averages with the variables of their optimizer.
 
-    Before Keras 3.13 it pairs an optimizer's averages with the model's trainable variables, in order.
-
-    Raises:
-        ValueError: If these are not the optimizer's variables.
+    Before Keras 3.15 it pairs them with the trainable variables of the model, in order: others with compact state, and
+    where some are frozen permanently.
     """
-    if mentions(getattr(type(callback), method), "_trainable_variables"):
-        return
-    model, own = callback.model.trainable_variables, trained_variables(optimizer)
-    if len(model) != len(own) or any(a is not b for a, b in zip(model, own, strict=True)):
-        raise ValueError(
-            "SwapEMAWeights must be used with an optimizer that averages all trainable variables of the model, in full "
-            f"state, before Keras 3.13. Received: {optimizer.name!r} with {len(own)} variables of its own, of a model "
-            f"with {len(model)}. Install a newer Keras, or freeze nothing permanently and use state='full'"
-        )
+    method = getattr(type(callback), name)
+    if mentions(method, "_trainable_variables"):
+        return method.__get__(callback)
+    return method.__get__(SimpleNamespace(model=SimpleNamespace(trainable_variables=trained_variables(optimizer))))
 
 
 def _refuse_swaps(callback: type, around: Around) -> None:
-    """Has `SwapEMAWeights` raise before it swaps anything in a model with an optimizer that `around` knows."""
+    """Makes `SwapEMAWeights` raise before it swaps anything in a model with an optimizer that `around` knows."""
 
     def refusing(method: Callable[..., None]) -> Callable[..., None]:
         def call(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What TensorFlow tracks of an object, for checkpoints and SavedModels."""
+"""Objects that say themselves what checkpoints and SavedModels hold of them."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ except AttributeError:
 
 
 class Tracked(_AutoTrackable):
-    """An object that says itself what checkpoints and SavedModels hold of it; its attributes are not tracked."""
+    """Base class of objects whose `children` are saved, and whose attributes are not."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Past the tracking of attributes.
         object.__setattr__(self, name, value)
 
     def children(self, save_type: str) -> dict[str, Any]:
-        """Returns what is saved, by name.
+        """Returns the objects that are saved, by name.
 
         Args:
             save_type: `"checkpoint"` or `"savedmodel"`.
@@ -43,7 +43,7 @@ class Tracked(_AutoTrackable):
 
 
 class Ignored(_AutoTrackable):
-    """Takes the place of a variable that only a checkpoint has, so that it counts as consumed.
+    """Stands for a variable that only the checkpoint has, so that it counts as consumed.
 
     Args:
         dtype: The variable's.
@@ -57,7 +57,7 @@ class Ignored(_AutoTrackable):
         return {"VARIABLE_VALUE": tf.zeros([0], self._ignored_dtype)}
 
     def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
-        """Nothing is done with it."""
+        """Drops the values."""
 
 
 def checkpoint_being_restored() -> Any:

@@ -1,4 +1,4 @@
-"""The versions that freezeops is tested with; `setup.py` and the Makefile read this file without importing anything."""
+"""The versions that freezeops is tested with. `setup.py` reads this file, so that it imports nothing."""
 
 KERAS = ("3.12.0", "3.15.1")
 """The oldest and the newest Keras that the tests pass with."""

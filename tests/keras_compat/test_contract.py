@@ -6,6 +6,7 @@ import inspect
 import io
 import pkgutil
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from rich.console import Console
 import freezeops as fz
 import freezeops.__main__
 from freezeops import legacy
-from freezeops.keras_compat import contract, inspection, tf_keras_contract, versions
+from freezeops.keras_compat import contract, inspection, tf_keras_contract, tracking, versions
 from freezeops.keras_compat.contract import Contract, Needs
+from freezeops.keras_compat.wrapped import average_slots
 from freezeops.slots import catalogue
 from tests.common import assert_same_bits
 
@@ -326,6 +328,12 @@ class Old:
         local = 1
         return local
 
+    def wrapped(self, *args, **kwargs):
+        return self.caller(*args, **kwargs)
+
+    wrapped_by_another = staticmethod(lambda *args: args)
+    wrapped_by_another.__func__.__module__ = "another_package"
+
 
 OLD = f"{__name__}.Old"
 
@@ -345,6 +353,10 @@ OLD = f"{__name__}.Old"
         (Needs(OLD, "_called", "", called_by=f"{OLD}.caller"), ""),
         (Needs(OLD, "_called", "", called_by=f"{OLD}.others"), "does not call"),
         (Needs(OLD, "_called", "", called_by=f"{OLD}.gone"), "which calls"),
+        (Needs(OLD, "wrapped", "", arguments=("a",), replaced=True), ""),
+        (Needs(OLD, "_called", "", called_by="numpy.mean"), "does not call"),
+        (Needs("numpy.linalg", "norm", "", called_by=f"{OLD}.others"), "does not call"),
+        (Needs(OLD, "_called", "", called_by=f"{OLD}.wrapped_by_another"), ""),
         (Needs(OLD, "_set", "", on_instances=True), ""),
         (Needs(OLD, "_not_set", "", on_instances=True), "is missing"),
         (Needs(f"{OLD}.others", "local", "", in_code=True), ""),
@@ -391,18 +403,29 @@ def test_without_fused_updates(off):
     assert "not fused: this version of Keras" in summary_of(optimizer)
 
 
-@pytest.mark.parametrize("state", ["full", "compact"])
-def test_without_seeding(off, state):
-    off(contract.SEEDING)
-    optimizer, variable = masked(state=state, **({"capacity": 1.0} if state == "compact" else {}))
+@pytest.mark.parametrize("is_off", [False, True])
+def test_without_seeding(off, is_off):
+    if is_off:
+        off(contract.SEEDING)
+    variable = keras.Variable(KERNEL, name="kernel")
+    optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1))
     train(optimizer, variable)
-    before = optimizer.inner_optimizer._velocities[0].numpy()
+    optimizer.register_mask(variable, MASK)
+    train(optimizer, variable)
     optimizer.unfreeze(variable)
-    assert optimizer._masks is not None
-    if state == "full":
-        assert_same_bits(optimizer.inner_optimizer._velocities[0].numpy(), before)  # kept
+    kept = optimizer.inner_optimizer._velocities[0].numpy()[~MASK]
+    assert (kept != 0).all() if is_off else not kept.any()
     train(optimizer, variable)
-    assert (variable.numpy()[2:] != KERNEL[2:]).all()
+
+
+def test_compact_state_without_seeding(off):
+    off(contract.SEEDING)
+    optimizer, variable = masked(state="compact", capacity=1.0)
+    train(optimizer, variable)
+    assert_same_bits(variable.numpy()[~MASK], KERNEL[~MASK])
+    optimizer.unfreeze(variable)
+    train(optimizer, variable)
+    assert (variable.numpy()[1] != KERNEL[1]).all()
 
 
 def scaled(optimizer):
@@ -490,22 +513,38 @@ def test_an_average_that_is_asked_for_late_is_guarded(fresh_callback):
     assert hasattr(keras.callbacks.SwapEMAWeights._swap_variables, "_freezeops_guard")
 
 
-def test_averages_that_keras_would_pair_with_other_variables(monkeypatch):
-    optimizer = fz.MaskedOptimizer(averaging())
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(3, name="b")])
-    optimizer.freeze("a/kernel", permanent=True)
-    model.compile(optimizer, "mse", jit_compile=False)
-    model.fit(X, Y, verbose=0)
+def average_of(optimizer, variable):
+    return next(average for own, average in average_slots(optimizer.inner_optimizer) if own.path == variable.path)
 
-    def swap(self, optimizer):
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("keras_pairs_with", ["the optimizer's variables", "the model's"])
+def test_averages_are_swapped_with_the_variables_that_they_are_of(monkeypatch, keras_pairs_with, state):
+    def swap(self, optimizer):  # as before Keras 3.15
         for var, average in zip(self.model.trainable_variables, optimizer._model_variables_moving_average):  # noqa: B905
+            value = var.numpy()
             var.assign(average)
+            average.assign(value)
 
-    monkeypatch.setattr(keras.callbacks.SwapEMAWeights, "_tf_swap_variables", swap)
+    optimizer = fz.MaskedOptimizer(averaging(), {"b/kernel": np.eye(3) == 1}, state=state)
+    optimizer.freeze("a/kernel", permanent=True)
+    layers = [keras.layers.Dense(3, name=name) for name in "ab"]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile(optimizer, "mse", jit_compile=False)
+    for _ in range(3):
+        model.train_on_batch(X, Y)  # not `fit`, which ends with the averages
+    bias, average = (variable.numpy() for variable in (layers[0].bias, average_of(optimizer, layers[0].bias)))
+    before = [weight.copy() for weight in model.get_weights()]
+    if keras_pairs_with == "the model's":
+        monkeypatch.setattr(keras.callbacks.SwapEMAWeights, "_tf_swap_variables", swap)
     callback = keras.callbacks.SwapEMAWeights()
     callback.set_model(model)
-    with pytest.raises(ValueError, match=r"before Keras 3\.13"):
-        callback.on_test_begin()
+    callback.on_test_begin()
+    after = model.get_weights()
+    assert_same_bits(after[0], before[0])
+    assert (bias != average).all() and np.allclose(after[1], average)
+    assert_same_bits(after[2][np.eye(3) != 1], before[2][np.eye(3) != 1])
+    assert (after[2][np.eye(3) == 1] != before[2][np.eye(3) == 1]).all()
 
 
 @pytest.mark.parametrize(
@@ -533,8 +572,9 @@ def test_what_is_off_is_refused_in_the_build(off):
         optimizer.build([variable])
 
 
-def test_without_repack(off):
+def test_without_repack(off, monkeypatch):
     off(contract.REPACK)
+    monkeypatch.delattr(tf.raw_ops, "VariableShape")
     optimizer, variable = masked(state="compact")
     train(optimizer, variable)
     with pytest.raises(RuntimeError, match="Repack must be left out"):
@@ -562,6 +602,7 @@ def test_without_what_keras_is_loading(off, tmp_path):
     off(contract.FILES)
     other = model_of(fz.MaskedOptimizer(keras.optimizers.Adam(0.1)))
     other.load_weights(tmp_path / "w.weights.h5")
+    assert not other.optimizer.built
     assert other.optimizer.mask_for(other.layers[0].kernel) == fz.Mask.from_array(MASK)
     before = other.get_weights()[0]
     other.fit(X, Y, verbose=0)
@@ -584,10 +625,14 @@ def test_without_warnings_of_other_writes(off):
 
 
 def test_without_old_checkpoints(off):
+    checkpoint_position = object()
+    assert tracking.checkpoint_being_restored() is checkpoint_position  # a local variable on the call stack
     off(contract.OLD_CHECKPOINTS)
     optimizer, _ = masked()
     with pytest.raises(ValueError, match="older version of freezeops"):
         optimizer._masks.child_to_restore("0")
+    with pytest.raises(RuntimeError, match="Old checkpoints must be left out"):
+        tracking.object_graph_nodes(None)
 
 
 # A Keras whose names are really others.
@@ -659,7 +704,27 @@ def test_a_keras_without_a_required_name(tmp_path):
     assert "RuntimeError: freezeops is known to work with Keras" in result.stderr
 
 
-def test_versions_are_said_once():
+def test_setup_takes_the_versions_from_here():
     setup = (ROOT.parent / "setup.py").read_text(encoding="utf-8")
-    assert "keras_compat/versions.py" in setup or '"versions.py"' in setup
-    assert all(len(pair) == 2 for pair in (versions.KERAS, versions.TENSORFLOW, versions.TF_KERAS))
+    assert '"versions.py"' in setup and "keras>={TESTED['KERAS'][0]}" in setup
+    file = runpy.run_path(str(COMPAT / "versions.py"))
+    assert file["KERAS"] == versions.KERAS == contract.KERAS.tested
+
+
+def test_a_plain_optimizer_leaves_keras_as_it_is():
+    script = """
+import keras, numpy as np, freezeops as fz
+classes = keras.optimizers.LossScaleOptimizer, keras.callbacks.SwapEMAWeights, keras.optimizers.Optimizer
+before = [dict(vars(cls)) for cls in classes]
+optimizer = fz.MaskedOptimizer(keras.optimizers.Adam())
+optimizer.apply([np.ones(3, "float32")], [keras.Variable(np.ones(3, "float32"))])
+assert [dict(vars(cls)) for cls in classes] == before
+keras.optimizers.LossScaleOptimizer(fz.MaskedOptimizer(keras.optimizers.Adam()))
+changed = {name for name, value in vars(classes[0]).items() if before[0].get(name) is not value}
+assert changed == {"save_own_variables", "load_own_variables"}, changed
+assert dict(vars(classes[1])) == before[1]
+"""
+    environment = {"PYTHONPATH": str(ROOT.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
