@@ -61,10 +61,6 @@ class InnerOptions:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "loss_scale_factor" and isinstance(getattr(type(self), name, None), property):
-            # Past Keras, which drops a value that is there already: the setter is to see every scaler put around.
-            object.__setattr__(self, name, value)
-            return
         own = name in vars(self) or hasattr(type(self), name)
         if own or (owner := self._owner_of_its_own(name)) is None:
             super().__setattr__(name, value)
@@ -124,6 +120,13 @@ class KerasWrapper(InnerOptions):
     """Hands on to the inner optimizer all that Keras 3 asks of an optimizer around a step: a mix-in."""
 
     inner_optimizer: keras.optimizers.Optimizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss_scale_factor":
+            # Past Keras, which drops a value that is there already: the setter is to see every scaler put around.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @tf.autograph.experimental.do_not_convert
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:

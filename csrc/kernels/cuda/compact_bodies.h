@@ -19,8 +19,8 @@ struct CompactArrays {
   U* whole[kArrays];
 };
 
-// Whether indices take less memory than the bits of a mask. How many are trainable is not known where it is asked, only
-// how many may be.
+// Returns whether indices take less memory than the bits of a mask. The host does not know how many entries are
+// trainable, only how many may be.
 FREEZEOPS_INLINE bool few_indices(int64_t capacity, int64_t kept, bool wide) {
   return capacity < kept / (wide ? 64 : 32);
 }
@@ -76,7 +76,7 @@ struct CompactByBits {
         rank += kEntries;
         continue;
       }
-      // Where the lane's entry of each word goes; nowhere if its bit is not set or there is no room.
+      // The place of the lane's entry of each word; -1 if its bit is not set or there is no room.
       int64_t places[kWordsAtOnce];
       FREEZEOPS_UNROLL
       for (int i = 0; i < kWordsAtOnce; ++i) {
@@ -106,7 +106,7 @@ struct CompactByBits {
     }
   }
 
-  // What lies behind the last trainable entry.
+  // Zeroes the places behind the last trainable entry.
   FREEZEOPS_METHOD void zero_rest(int64_t begin, int lane) const {
     const int64_t total = offsets[rank_blocks(kept)];
     const int64_t first = begin > total ? begin : total;
@@ -147,7 +147,7 @@ struct CompactByIndex {
     const int64_t first_place = inner == 1 ? begin : begin / inner;
     const uint32_t offset = static_cast<uint32_t>(begin - first_place * inner);
     for (int first = warp.lane(); first < length; first += kAtOnce * kLanes) {
-      // Where each entry is in the whole array.
+      // The position of each entry in the whole array.
       int64_t entries[kAtOnce];
       FREEZEOPS_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
@@ -182,7 +182,7 @@ struct CompactByIndex {
   }
 };
 
-// The same for rows of at least kLongRowBytes.
+// Rows of at least kLongRowBytes, found by index.
 template <typename U, typename Index, int kArrays, bool kScatter>
 struct CompactRows {
   static constexpr bool kWaits = false;
