@@ -41,7 +41,7 @@ def test_a_reused_optimizer():
     another = make_model()
     other_names = make_model(("c", "d"))
     same_paths = make_model()
-    for variable, path in zip(same_paths.trainable_variables, optimizer._state.index.paths, strict=True):
+    for variable, path in zip(same_paths.trainable_variables, optimizer.masks_by_path(), strict=True):
         variable._path = path
     for model, why in ((another, "which is another model's"), (other_names, "which is another model's")):
         for call in (
