@@ -1,7 +1,4 @@
-"""`MaskedOptimizer` for `tf_keras`, which is Keras 2. Needs the package `tf_keras`.
-
-Read in tf_keras 2.21.0: `optimizers/optimizer.py` and `mixed_precision/loss_scale_optimizer.py`.
-"""
+"""`MaskedOptimizer` for `tf_keras`, which is Keras 2. Needs the package `tf_keras`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +10,17 @@ import tensorflow as tf
 from freezeops.files.checkpoints import MaskStore
 from freezeops.keras_compat.known import replaced_methods
 from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.keras_compat.tf_keras_optimizers import (
+    TfKerasScaler,
+    TfKerasWrapper,
+    average_of,
+    base_optimizer,
+    count_step,
+    is_built,
+    is_for_dtensor,
+    knows,
+    wrapped_tf_keras_optimizers,
+)
 from freezeops.keras_compat.variables import Variable, check_strategy, state_variable, variable_key, variable_path
 from freezeops.messages import short
 from freezeops.partitions.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
@@ -32,7 +40,7 @@ _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "lr", "jit_compile", "mesh")
 
 
 @tf_keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimizer):
+class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any optimizer of `tf_keras.optimizers`, as `freezeops.MaskedOptimizer` wraps
@@ -101,9 +109,6 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         """The optimizer that was given."""
         return self._inner_optimizer
 
-    def _create_iteration_variable(self) -> None:
-        """The inner optimizer counts."""
-
     # Masks.
 
     def _after_change(self, positions: set[int]) -> None:
@@ -113,11 +118,10 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
 
     def _averages(self) -> Iterator[tuple[Partition, Variable]]:
         """The slots of moving averages, each with the partition of its variable."""
-        base = _base_optimizer(self.inner_optimizer)
+        base = base_optimizer(self.inner_optimizer)
         for part in self._state.partitions:
             if base.use_ema and part.inner_variable is not None:
-                position = base._index_dict[base._var_key(part.variable)]
-                yield part, base._model_variables_moving_average[position]
+                yield part, average_of(base, part.variable)
 
     # Building.
 
@@ -135,8 +139,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
             return
         check_strategy(tf.distribute.get_strategy())
         index = rules.VariableIndex(list(var_list))
-        base = _base_optimizer(self.inner_optimizer)
-        inner_built = getattr(base, "_built", False)
+        base = base_optimizer(self.inner_optimizer)
+        inner_built = is_built(base)
         planned = self._plan(index, inner_built)
         planned.changes.warn()
         plans = planned.plans
@@ -237,9 +241,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         ]
         if any(g is not None for g in gradients) and all(g is None for g, _ in pairs):
             # All with a gradient are frozen for good; the inner optimizer would not count the step.
-            return tf.__internal__.distribute.interim.maybe_merge_call(
-                lambda strategy: self.iterations.assign_add(1), tf.distribute.get_strategy()
-            )
+            return count_step(self)
         with self._frozen_entries(self._written_in_step(pairs)):
             return self.inner_optimizer.apply_gradients(
                 pairs, name=name, skip_gradients_aggregation=skip_gradients_aggregation, **kwargs
@@ -255,7 +257,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         """
         if not all(
             type(part).__module__.startswith("tf_keras.") and not replaced_methods(part)
-            for part in _wrapped_optimizers(self.inner_optimizer)
+            for part in wrapped_tf_keras_optimizers(self.inner_optimizer)
         ):
             return self._state.partitions  # a user's own may write whatever it was built with
         given = {id(self._partition(variable)) for gradient, variable in pairs if gradient is not None}
@@ -285,11 +287,6 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def _learning_rate(self) -> Any:
-        """Where tf_keras's `TensorBoard` callback looks for a schedule."""
-        return _base_optimizer(self.inner_optimizer)._learning_rate
-
-    @property
     def iterations(self) -> Any:
         """The inner optimizer's count of steps."""
         return self.inner_optimizer.iterations
@@ -302,7 +299,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
         self, var_list: Sequence[tf.Variable] | None = None, var_names: Sequence[str] | None = None
     ) -> None:
         """Excludes variables from the inner optimizer's weight decay; see tf_keras."""
-        _base_optimizer(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+        base_optimizer(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     # State.
 
@@ -313,12 +310,6 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
 
     def _load_bare(self, arrays: list[np.ndarray], skip: bool) -> None:
         self.inner_optimizer.load_own_variables({str(i): array for i, array in enumerate(arrays)})
-
-    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
-        # Not the base class's, which keeps its first answer: the masks may be created after it.
-        children = tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
-        # What tf_keras makes of an optimizer when it loads a SavedModel has a count of its own and wants it loaded.
-        return children if save_type == "checkpoint" else children | {"_iterations": self.iterations}
 
     def get_config(self) -> dict[str, Any]:
         """The configuration: the inner optimizer, each variable's way and layout, and the rules or masks.
@@ -344,15 +335,13 @@ class MaskedOptimizer(masking.Masking, InnerOptions, tf_keras.optimizers.Optimiz
 
 
 @tf_keras.saving.register_keras_serializable(package="freezeops")
-class MaskedLossScaleOptimizer(MaskedOptimizer, tf_keras.mixed_precision.LossScaleOptimizer):
+class MaskedLossScaleOptimizer(MaskedOptimizer, TfKerasScaler, tf_keras.mixed_precision.LossScaleOptimizer):
     """What `MaskedOptimizer(LossScaleOptimizer(...))` gives.
 
     By its type `compile` sees under `mixed_float16` that the loss is scaled, and does not
     wrap a `LossScaleOptimizer` around. All it does comes from `MaskedOptimizer` and the
     `LossScaleOptimizer` inside.
     """
-
-    _is_wrapped_by_loss_scale_optimizer = True  # so that a second one refuses to
 
     def get_scaled_loss(self, loss: Any) -> Any:
         """The loss, scaled."""
@@ -388,19 +377,6 @@ class MaskedLossScaleOptimizer(MaskedOptimizer, tf_keras.mixed_precision.LossSca
         return self.inner_optimizer.dynamic_growth_steps
 
 
-def _wrapped_optimizers(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and all that it wraps, outermost first."""
-    yield optimizer
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-        yield optimizer
-
-
-def _base_optimizer(optimizer: Any) -> Any:
-    """The optimizer that updates variables, behind any wrappers."""
-    return list(_wrapped_optimizers(optimizer))[-1]
-
-
 def _unzip(grads_and_vars: Any) -> tuple[list[Any], list[tf.Variable]]:
     pairs = list(grads_and_vars)
     return [gradient for gradient, _ in pairs], [variable for _, variable in pairs]
@@ -428,13 +404,13 @@ def _check_inner(inner_optimizer: Any) -> None:
                 f"one. {received}"
             )
         outer = getattr(outer, "inner_optimizer", None)
-    base = _base_optimizer(inner_optimizer)
-    if base._mesh is not None or base._run_with_dtensor:
+    base = base_optimizer(inner_optimizer)
+    if is_for_dtensor(base):
         raise ValueError(f"`inner_optimizer` must not be one for DTensor (`mesh`). {received}")
 
 
 def _check_knows(base: Any, variables: Sequence[tf.Variable]) -> None:
-    unknown = [variable_path(variable) for variable in variables if base._var_key(variable) not in base._index_dict]
+    unknown = [variable_path(variable) for variable in variables if not knows(base, variable)]
     if unknown:
         raise ValueError(
             "`inner_optimizer` must not be built yet, or be built with the variables that are trained. Received: an "

@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import ops
 from freezeops.files.checkpoints import MaskStore
 from freezeops.keras_compat import stored_state
 from freezeops.keras_compat.known import writes_only_given, writes_only_rows_with_gradients
@@ -38,15 +37,19 @@ from freezeops.keras_compat.wrapped import (
     base_optimizers,
     build_without_slots,
     hide_trained_variables,
+    own_step_counter,
     recording_slots,
     replace_variable,
     step_count,
     step_counter,
+    strategy_of,
+    trained_variables,
     wrapped_optimizers,
 )
-from freezeops.masks import layout
+from freezeops.masks import layout, packing
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
+from freezeops.ops.gradients import Gradient
 from freezeops.partitions import compact, partition
 from freezeops.partitions.compact import Capacity, CompactPartition, TrainableIndex
 from freezeops.partitions.partition import (
@@ -60,7 +63,7 @@ from freezeops.registry import masking, rules, rules_config
 from freezeops.registry.masking import FrozenEntries
 from freezeops.registry.rules import Loaded
 from freezeops.slots import unfreezing
-from freezeops.slots.catalogue import slots_of
+from freezeops.slots.catalogue import UpdateFormula, slots_of
 from freezeops.slots.elementwise import check_elementwise
 from freezeops.slots.moving import (
     CompactSlots,
@@ -73,11 +76,11 @@ from freezeops.slots.moving import (
 )
 from freezeops.slots.unfreezing import Seeding, VariableSlots
 from freezeops.step import fused
+from freezeops.step.formulas import formula_of
 from freezeops.step.fused import FusedStep, FusedUpdates
 from freezeops.step.traced_writes import guarded
 from freezeops.storage import saved_names
 from freezeops.storage.stored import Stored
-from freezeops.transforms import Gradient
 
 _INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "loss_scale_factor", "gradient_accumulation_steps")
 
@@ -265,7 +268,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
             return
         flags = np.zeros(part.size, bool) if waiting is None else (waiting & part.mask).to_numpy().reshape(-1)
         entries = part.mask.indices() if isinstance(part, CompactPartition) else None
-        slots.unseeded.assign(ops.pack_bits(packed_into(flags, entries, tuple(slots.variable.shape))))
+        slots.unseeded.assign(packing.pack_bits(packed_into(flags, entries, tuple(slots.variable.shape))))
 
     def _slot_names(self) -> list[tuple[str, list[tuple[str | None, str]]]]:
         names = [name for name, _ in self._state.index.named]
@@ -417,7 +420,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         assert plan.layout is not None and plan.mask is not None
         bits = self._make_state(variable, plan.mask.packed, "mask", str(position))
         packed = numpy_of(bits)  # where there are several workers: the chief's
-        room = max(plan.capacity, ops.count_bits(packed, plan.layout.kept))
+        room = max(plan.capacity, packing.count_bits(packed, plan.layout.kept))
         offsets, indices = TrainableIndex.arrays(packed, plan.layout, room)
         if plan.pending:
             indices[:] = compact.pending_index(indices.dtype)
@@ -435,7 +438,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         return part
 
     def _beside(self, variable: Variable) -> AbstractContextManager:
-        return self._distribution_strategy.extended.colocate_vars_with(tf_variable(variable))
+        return strategy_of(self).extended.colocate_vars_with(tf_variable(variable))
 
     def _make_state(self, variable: Variable, values: np.ndarray, what: str, key: str) -> keras.Variable:
         """A variable of integers beside one of the model's."""
@@ -528,17 +531,17 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         """Finds out which variables can be updated in one pass."""
         self._state.updates = {}
         for base in base_optimizers(self.inner_optimizer):
-            rule = fused.rule_of(base, self.inner_optimizer)
+            formula = formula_of(base, self.inner_optimizer)
             updates: FusedUpdates | None = None
-            if isinstance(rule, fused.Rule):
+            if isinstance(formula, UpdateFormula):
                 seeding = self._state.seedings.setdefault(id(base), Seeding(base))
-                updates = FusedUpdates(self.inner_optimizer, base, rule, seeding)
-            for number, variable in enumerate(base._trainable_variables):
+                updates = FusedUpdates(self.inner_optimizer, base, formula, seeding)
+            for number, variable in enumerate(trained_variables(base)):
                 position = self._state.index.find_position(variable)
                 if position is None:
                     continue
                 part = self._state.partitions[position]
-                why = rule if isinstance(rule, str) else fused.reason_against(part)
+                why = formula if isinstance(formula, str) else fused.reason_against(part)
                 if why or updates is None:
                     self._state.updates[position] = why
                     continue
@@ -643,7 +646,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
                 at_least=capacity is None,
             )
         self._state.capacity = dict(given) if isinstance(given, Mapping) else given
-        with self._distribution_strategy.scope():
+        with strategy_of(self).scope():
             for position, plan in plans.items():
                 self._rebuild(position, plan)
             self._after_change(set(plans))
@@ -695,7 +698,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         self._find_fused()
         slots = self._state.slots.get(position)
         if slots is not None and slots.unseeded is not None:
-            slots.unseeded.assign(ops.pack_bits(packed_into(waiting, target, shape)))
+            slots.unseeded.assign(packing.pack_bits(packed_into(waiting, target, shape)))
         # What was traced before has the old mask: it must not go on with it.
         empty_variable(old.bits)
 
@@ -852,7 +855,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         return (
             isinstance(gradient, tf.IndexedSlices)
             # Replicas also write the rows of each other's gradients.
-            and self._distribution_strategy.num_replicas_in_sync == 1
+            and strategy_of(self).num_replicas_in_sync == 1
             and writes_only_rows_with_gradients(self.inner_optimizer)
             and part.way == "full"
             and getattr(part.variable, "constraint", None) is None
@@ -877,7 +880,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, keras.optimizers.Optimizer)
         finally:
             _applying_pairs.reset(token)
         # Keras's own returns a counter that stands still where a `LossScaleOptimizer` is inside.
-        is_counter = call.result is None or call.result is self.inner_optimizer._iterations
+        is_counter = call.result is None or call.result is own_step_counter(self.inner_optimizer)
         return step_counter(self.inner_optimizer) if is_counter else call.result
 
     @tf.autograph.experimental.do_not_convert

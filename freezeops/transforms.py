@@ -1,50 +1,14 @@
 """Functions for people with their own training loop."""
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-
-Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
-
-
-def mask_with_bits(gradient: Gradient, bits: tf.Tensor, layout: Layout, rows: int | None = None) -> Gradient:
-    """Masks a dense or sparse gradient with packed bits, keeping its kind.
-
-    Args:
-        gradient: Tensor with `layout.size` entries, or `tf.IndexedSlices` of one.
-        bits: `uint8` vector of `layout.packed_bytes` bytes.
-        layout: How the bits spread over the dense tensor.
-        rows: How many rows the dense tensor has, where that is known; by default the gradient
-            must say it.
-
-    Returns:
-        The gradient with +0.0 in the frozen entries; `tf.IndexedSlices` stay
-        that, with the same indices.
-    """
-    if not isinstance(gradient, tf.IndexedSlices):
-        return ops.mask_gradient(tf.convert_to_tensor(gradient), bits, layout)
-    if rows is None:
-        rows = _rows_of(gradient, layout)
-    masked = ops.mask_slices(tf.convert_to_tensor(gradient.values), gradient.indices, bits, layout, rows)
-    return tf.IndexedSlices(masked, gradient.indices, gradient.dense_shape)
-
-
-def _rows_of(gradient: tf.IndexedSlices, layout: Layout) -> int:
-    shape = dense_shape(gradient)
-    if shape.rank and shape[0] is not None:
-        return shape[0]
-    if not (row_size := shape[1:].num_elements()):
-        raise ValueError(
-            "`gradient` must have a static `dense_shape`, or values of a static row shape. "
-            f"Received: gradient={gradient}"
-        )
-    return layout.size // row_size
+from freezeops.ops.gradients import Gradient, dense_shape, mask_with_bits
 
 
 @tf.autograph.experimental.do_not_convert
@@ -140,26 +104,6 @@ def _check_float(dtype: tf.DType, name: str) -> None:
         raise TypeError(
             f"`{name}` must be of a dtype in {', '.join(ops.FLOAT_DTYPES)}. Received: {name} of dtype={dtype.name}"
         )
-
-
-def dense_shape(gradient: Gradient) -> tf.TensorShape:
-    """The static shape of a gradient; of the dense tensor that `tf.IndexedSlices` stand for.
-
-    Raises:
-        ValueError: If the values of `tf.IndexedSlices` are no rows of their `dense_shape`.
-    """
-    if not isinstance(gradient, tf.IndexedSlices):
-        return gradient.shape
-    given = gradient.dense_shape  # a tensor, or what the user wrote
-    shape = tf.TensorShape(tf.get_static_value(given) if tf.is_tensor(given) else given)
-    values = tf.TensorShape(gradient.values.shape)
-    rows = tf.TensorShape(None) if values.rank is None else tf.TensorShape([None, *values[1:]])
-    if not shape.is_compatible_with(rows):
-        raise ValueError(
-            "`gradient` must have values that are rows of its `dense_shape`. "
-            f"Received: values of shape {values}, dense_shape={shape}"
-        )
-    return shape.merge_with(rows)
 
 
 def _as_mask(mask: Any, shape: tf.TensorShape) -> Mask:

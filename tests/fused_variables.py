@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 from common import assert_same_bits
 
-from freezeops import ops
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops.reference_updates import FusedVariable
 from freezeops.partitions import compact
@@ -51,7 +51,7 @@ def variables_of(rng, rule, dtype, layouts, density, compact_state, seeded):
     for number, layout in enumerate(layouts):
         size = layout.size
         packed = np.packbits(rng.random(layout.kept) < density, bitorder="little")
-        room = ops.count_bits(packed, layout.kept) + number
+        room = packing.count_bits(packed, layout.kept) + number
         slot_size = room * layout.inner if compact_state else size
         offsets, indices = compact.TrainableIndex.arrays(packed, layout, room)
         values, gradient = normal(size), normal(size)
@@ -97,7 +97,7 @@ def assert_same_state(ours, twins, told):
         for number, (actual, expected) in enumerate(pairs):
             actual, expected = actual.numpy().reshape(-1), expected.numpy().reshape(-1)
             if one.ranks is not None and number:
-                used = ops.count_bits(one.bits.numpy(), one.layout.kept) * one.layout.inner
+                used = packing.count_bits(one.bits.numpy(), one.layout.kept) * one.layout.inner
                 actual, expected, passing = actual[:used], expected[:used], np.ones(used, bool)
             else:
                 passing = passing_of(np.array([255], np.uint8) if one.bits is None else one.bits.numpy(), one.layout)

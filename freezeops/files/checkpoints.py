@@ -4,7 +4,6 @@ Checkpoints written before there was such a string hold a variable for each mask
 name that the checkpoint keeps of it. They are read as far as they leave one reading.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from freezeops.keras_compat.tracking import Ignored, Tracked, checkpoint_being_restored
 from freezeops.keras_compat.variables import Variable, tf_variable
 from freezeops.storage.stored import RawMask, Stored
 
@@ -38,21 +38,7 @@ class _Text(tf.train.experimental.PythonState):
         self._restore(Stored.from_bytes(bytes(string_value), "a checkpoint"))
 
 
-class _Ignored(tf.__internal__.tracking.AutoTrackable):
-    """Takes the place of a variable of an old checkpoint, so that it counts as consumed."""
-
-    def __init__(self, dtype: tf.DType):
-        super().__init__()
-        self._dtype = dtype
-
-    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
-        return {"VARIABLE_VALUE": tf.zeros([0], self._dtype)}
-
-    def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
-        """Nothing is done with it."""
-
-
-class MaskStore(tf.__internal__.tracking.AutoTrackable):
+class MaskStore(Tracked):
     """What TensorFlow tracks of an optimizer's masks.
 
     A checkpoint holds them as one string. A SavedModel holds the variables, which its functions use.
@@ -69,10 +55,6 @@ class MaskStore(tf.__internal__.tracking.AutoTrackable):
         self._restore = restore
         self._old_checkpoint: Any = None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Past the tracking of attributes: `_trackable_children` says what is tracked.
-        object.__setattr__(self, name, value)
-
     def add(self, key: str, variable: Variable) -> None:
         """Includes a variable that functions use."""
         self._hidden[key] = tf_variable(variable)
@@ -81,22 +63,17 @@ class MaskStore(tf.__internal__.tracking.AutoTrackable):
         """Forgets all variables."""
         self._hidden = {}
 
-    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+    def children(self, save_type: str) -> dict[str, Any]:  # noqa: D102
         return {_KEY: self._text} if save_type == "checkpoint" else dict(self._hidden)
 
-    def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
-        del cached_dependencies
+    def child_to_restore(self, name: str) -> Any:  # noqa: D102
         if name == _KEY:
             return self._text
         return self._old(name) if _OLD.fullmatch(name) else None
 
     def _old(self, name: str) -> Any:
         """Restores an old checkpoint, at the first of its variables, and consumes the others."""
-        frame = inspect.currentframe()
-        position = None
-        while frame is not None and position is None:
-            position = frame.f_locals.get("checkpoint_position")
-            frame = frame.f_back
+        position = checkpoint_being_restored()
         if position is None:
             raise ValueError(
                 "A checkpoint of an older version of freezeops must be read through tf.train.Checkpoint. Load it with "
@@ -113,7 +90,7 @@ class MaskStore(tf.__internal__.tracking.AutoTrackable):
         if self._old_checkpoint is not checkpoint:
             self._restore(Stored(list(old_masks(variables, reader))))
             self._old_checkpoint = checkpoint
-        return _Ignored(reader.get_variable_to_dtype_map()[variables[name].checkpoint_key])
+        return Ignored(reader.get_variable_to_dtype_map()[variables[name].checkpoint_key])
 
 
 def old_masks(variables: Mapping[str, Any], reader: Any) -> Iterator[RawMask]:

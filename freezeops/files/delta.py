@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from freezeops import ops
+from freezeops.masks import packing
 from freezeops.messages import short
 from freezeops.storage import checkedfile, saved_names
 
@@ -52,7 +52,7 @@ def export_delta(model: keras.Model, base: keras.Model | Mapping[str, np.ndarray
         if len(as_indices) > (new.size + 7) // 8:
             flags = np.zeros(new.size, bool)
             flags[changed] = True
-            as_bits = ops.pack_bits(flags).tobytes()
+            as_bits = packing.pack_bits(flags).tobytes()
         entries.append(
             {
                 "path": name,
@@ -193,7 +193,7 @@ def _positions(entry: _Entry, content: bytes, offset: int) -> np.ndarray:
     """
     if entry.positions == "bits":
         packed = np.frombuffer(content, np.uint8, entry.position_bytes, offset)
-        positions = ops.bit_indices(packed, entry.size)
+        positions = packing.bit_indices(packed, entry.size)
         if len(positions) != entry.changed:
             raise ValueError(f"{len(positions)} bits are set. Received: changed={entry.changed}")
         return positions

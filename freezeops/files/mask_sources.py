@@ -14,9 +14,9 @@ from typing import Any
 import h5py
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 from freezeops.files.checkpoints import old_masks
+from freezeops.keras_compat.tracking import object_graph_nodes
 from freezeops.masks.layout import Layout
 from freezeops.registry import rules_config
 from freezeops.registry.rules import Loaded
@@ -151,7 +151,7 @@ def _of_checkpoint(prefix: str) -> Stored:
 
 def _old_checkpoint(reader: Any) -> Iterator[RawMask]:
     """The masks of a checkpoint that was written before layouts were stored."""
-    nodes = TrackableObjectGraph.FromString(bytes(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))).nodes
+    nodes = object_graph_nodes(reader)
     for node in nodes:
         for child in node.children:
             if child.local_name != "_masks":

@@ -13,6 +13,31 @@ _MULTI_OPTIMIZER = getattr(keras.optimizers, "MultiOptimizer", None)
 """New in Keras 3.15."""
 
 
+def trained_variables(optimizer: keras.optimizers.Optimizer) -> Sequence[Variable]:
+    """Returns the variables that an optimizer was built with, in the order of its slots."""
+    return optimizer._trainable_variables
+
+
+def strategy_of(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Returns the `tf.distribute.Strategy` in whose scope an optimizer was made."""
+    return optimizer._distribution_strategy
+
+
+def optimizer_map(optimizer: Any) -> Any:
+    """Returns what a `MultiOptimizer` was made from: a `keras.optimizers.OptimizerMap`, or a function."""
+    return optimizer._optimizer_map
+
+
+def momentum_product(optimizer: Any) -> keras.Variable:
+    """Returns the product of a `Nadam`'s momentum factors so far."""
+    return optimizer._u_product
+
+
+def decays_weight(optimizer: keras.optimizers.Optimizer, variable: Variable) -> bool:
+    """Returns whether an optimizer with weight decay applies it to a variable."""
+    return optimizer._use_weight_decay(variable)
+
+
 def hide_trained_variables(optimizer: keras.optimizers.Optimizer) -> None:
     """Keeps what a built optimizer trains out of TensorFlow's checkpoints, and its list free to change."""
     for part in wrapped_optimizers(optimizer):
@@ -113,6 +138,11 @@ def step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
     """The variable that counts calls of `apply`, of the first optimizer that has a live one."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
+    return optimizer._iterations
+
+
+def own_step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """Returns the step counter of an optimizer itself; a `LossScaleOptimizer`'s stands still."""
     return optimizer._iterations
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from freezeops import ops
 from freezeops.masks import layout as layouts
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout, Shape
 from freezeops.messages import short
 
@@ -105,7 +105,7 @@ class Mask:
         layout = layouts.of_broadcast(array.shape, shape)
         if layout.kept != array.size:
             array = np.broadcast_to(array, shape)
-        return cls(shape, layout, ops.pack_bits(array))
+        return cls(shape, layout, packing.pack_bits(array))
 
     @classmethod
     def trainable(cls, shape: Sequence[int]) -> "Mask":
@@ -149,7 +149,7 @@ class Mask:
         if not shape:
             raise ValueError(f"`shape` must have at least one axis to name {name} of. Received: ()")
         flags = _flags(entries, shape[axis], name)
-        return cls(shape, layouts.named(name, shape), ops.pack_bits(flags))
+        return cls(shape, layouts.named(name, shape), packing.pack_bits(flags))
 
     # What it holds.
 
@@ -181,7 +181,7 @@ class Mask:
     def count(self) -> int:
         """Number of trainable entries."""
         outer, kept, inner = self._layout
-        return outer * inner * ops.count_bits(self._packed, kept)
+        return outer * inner * packing.count_bits(self._packed, kept)
 
     @property
     def density(self) -> float:
@@ -191,12 +191,12 @@ class Mask:
     def indices(self) -> np.ndarray:
         """Positions of the trainable entries in the flattened tensor, ascending, `int64`."""
         mask = self.with_layout(layouts.elementwise(self._shape))
-        return ops.bit_indices(mask._packed, mask.size)
+        return packing.bit_indices(mask._packed, mask.size)
 
     def to_numpy(self) -> np.ndarray:
         """A boolean array of the tensor's shape."""
         outer, kept, inner = self._layout
-        bits = ops.unpack_bits(self._packed, kept).reshape(1, kept, 1)
+        bits = packing.unpack_bits(self._packed, kept).reshape(1, kept, 1)
         return np.broadcast_to(bits, (outer, kept, inner)).reshape(self._shape)
 
     def with_layout(self, layout: Layout) -> "Mask":
@@ -222,7 +222,7 @@ class Mask:
                 "`layout` must have a bit for every entry that differs. Received: "
                 f"layout={tuple(layout)} for a mask of layout={tuple(self._layout)}"
             )
-        return Mask(self._shape, layout, ops.pack_bits(kept))
+        return Mask(self._shape, layout, packing.pack_bits(kept))
 
     # Algebra.
 

@@ -2,19 +2,19 @@
 
 The native op runs when a library for the running TensorFlow is loaded and has a
 kernel for the device; otherwise, and with `FREEZEOPS_BACKEND=reference` in the
-environment, the twin in `freezeops.reference` does. The environment is read at
+environment, the twin in `freezeops.ops.reference` does. The environment is read at
 every call, so at trace time inside `tf.function`.
 """
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-import numpy as np
 import tensorflow as tf
 
+from freezeops import backend
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops import native, reference, reference_updates
 from freezeops.ops.reference_updates import FusedVariable
@@ -36,24 +36,10 @@ _OPS = (
     "fused_update",
 )
 
-_HOST = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
-
-
-def backend() -> str:
-    """`"auto"`, or `"reference"` where the environment asks for it.
-
-    Raises:
-        ValueError: If `FREEZEOPS_BACKEND` holds anything else.
-    """
-    name = os.environ.get("FREEZEOPS_BACKEND", "auto") or "auto"
-    if name not in ("auto", "reference"):
-        raise ValueError(f"FREEZEOPS_BACKEND must be 'auto' or 'reference'. Received: FREEZEOPS_BACKEND={name!r}")
-    return name
-
 
 def _reason_for_reference() -> str | None:
     """Why the twins run, or None if the native ops do."""
-    if backend() == "reference":
+    if backend.is_reference():
         return "FREEZEOPS_BACKEND=reference"
     if native.op_library() is None:
         return "no library for the running TensorFlow"
@@ -133,52 +119,14 @@ def _library(dtype: tf.DType = tf.float32) -> ModuleType | None:
     return native.op_library()
 
 
-def _host() -> ModuleType | None:
-    return None if backend() == "reference" else native.host_module()
-
-
 def paths() -> dict[str, str]:
     """Which path each op takes here, as text for people: `python -m freezeops` prints it."""
     reason = _reason_for_reference()
-    host = "native" if _host() else "reference (no host module)"
-    if backend() == "reference":
+    host = "native" if packing.host_module() else "reference (no host module)"
+    if backend.is_reference():
         host = "reference (FREEZEOPS_BACKEND=reference)"
     device = dict.fromkeys(_OPS, f"reference ({reason})" if reason else "native")
-    return device | dict.fromkeys(_HOST, host)
-
-
-# Host side: bits of NumPy arrays.
-
-
-def pack_bits(array: np.ndarray) -> np.ndarray:
-    """Booleans to packed bits; see `reference.pack_bits`."""
-    if host := _host():
-        return host.pack(np.ascontiguousarray(array, dtype=bool))
-    return reference.pack_bits(array)
-
-
-def unpack_bits(packed: np.ndarray, size: int) -> np.ndarray:
-    """Packed bits to booleans; see `reference.unpack_bits`."""
-    if host := _host():
-        return host.unpack(packed, size)
-    return reference.unpack_bits(packed, size)
-
-
-def count_bits(packed: np.ndarray, size: int) -> int:
-    """Number of ones; see `reference.count_bits`."""
-    if host := _host():
-        return host.count(packed, size)
-    return reference.count_bits(packed, size)
-
-
-def bit_indices(packed: np.ndarray, size: int) -> np.ndarray:
-    """Positions of ones; see `reference.bit_indices`."""
-    if host := _host():
-        return host.indices(packed, size)
-    return reference.bit_indices(packed, size)
-
-
-# Device side.
+    return device | dict.fromkeys(packing.HOST_OPS, host)
 
 
 def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
@@ -203,37 +151,6 @@ def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: 
     if library := _library(values.dtype):
         return library.freezeops_mask_slices(values, indices, mask, layout=list(layout), rows=rows)
     return reference.mask_slices(values, indices, mask, layout, rows)
-
-
-def merge_slices(
-    new: tf.Tensor,
-    old: tf.Tensor,
-    indices: tf.Tensor,
-    mask: tf.Tensor,
-    layout: Layout,
-    rows: int,
-) -> tf.Tensor:
-    """Rows of a tensor: the trainable entries of `new` and the frozen entries of `old`.
-
-    Args:
-        new: Float tensor of shape `[k, ...]`.
-        old: Likewise.
-        indices: Integer vector of length `k`: which row of the dense tensor each is.
-        mask: Packed bits of the dense tensor.
-        layout: Its layout.
-        rows: Number of rows of the dense tensor.
-
-    Returns:
-        A tensor of the shape of `new`, bits preserved.
-    """
-    integer = reference.integers_like(new.dtype)
-
-    def passing(values: tf.Tensor) -> tf.Tensor:
-        return tf.bitcast(mask_slices(values, indices, mask, layout, rows), integer)
-
-    # What does not pass is zero bits, so `^` leaves the frozen entries and `|` joins the two.
-    frozen = tf.bitwise.bitwise_xor(tf.bitcast(old, integer), passing(old))
-    return tf.bitcast(tf.bitwise.bitwise_or(passing(new), frozen), new.dtype)
 
 
 def remember_frozen(variable: tf.Variable, mask: tf.Tensor, layout: Layout) -> tf.Tensor:

@@ -11,7 +11,6 @@ was traced with them asks for them by name.
 import ctypes
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import platform
@@ -24,7 +23,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from freezeops import backend
 from freezeops._version import __version__
+from freezeops.masks import packing
 
 # The package's own folder, where the build installs the libraries.
 _DIRECTORY = Path(__file__).resolve().parents[1]
@@ -34,7 +35,6 @@ _REMEDY = "pip install --no-deps --force-reinstall ."
 _lock = threading.Lock()
 _loaded: "_Outcome | None" = None
 _warned = False
-_host: tuple[ModuleType | None, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +124,6 @@ class _Outcome:
     @property
     def used(self) -> LibraryReport | None:
         return next((report for report in self.reports if report.loaded), None)
-
-
-def _reference_is_asked_for() -> bool:
-    return os.environ.get("FREEZEOPS_BACKEND") == "reference"
 
 
 def _minor(version: str) -> str:
@@ -236,7 +232,7 @@ def register_ops() -> None:
 
     Does nothing where `FREEZEOPS_BACKEND=reference` asks for none.
     """
-    if not _reference_is_asked_for():
+    if not backend.is_reference():
         _outcome(used=False)
 
 
@@ -248,30 +244,12 @@ def op_library() -> ModuleType | None:
         TensorFlow (the first call then warns, with the reason and the command that mends it) or
         `FREEZEOPS_BACKEND=reference` asks for none.
     """
-    return None if _reference_is_asked_for() else _outcome().module
-
-
-def _import_host() -> tuple[ModuleType | None, str]:
-    global _host
-    with _lock:
-        if _host is None:
-            try:
-                _host = importlib.import_module("freezeops._host"), "loaded"
-            except ImportError as error:
-                _host = None, f"not in use: {error}"
-        return _host
-
-
-def host_module() -> ModuleType | None:
-    """The compiled host module (`pack`, `unpack`, `count`, `indices`), or None if it was not built or the environment
-    says `FREEZEOPS_BACKEND=reference`. NumPy twins do its work then, so nothing is said about it.
-    """
-    return None if _reference_is_asked_for() else _import_host()[0]
+    return None if backend.is_reference() else _outcome().module
 
 
 def has_cuda() -> bool:
     """Whether the ops in use have CUDA kernels."""
-    if _reference_is_asked_for():
+    if backend.is_reference():
         return False
     used = _outcome().used
     return used is not None and bool(used.build.get("cuda"))
@@ -336,13 +314,12 @@ def diagnosis() -> Diagnosis:
         "NumPy": _version_of(("numpy",)),
         "Python": platform.python_version(),
     }
-    backend = os.environ.get("FREEZEOPS_BACKEND") or "auto"
-    if _reference_is_asked_for():
+    if backend.is_reference():
         reports = [
             dataclasses.replace(report, reason=report.reason or "not loaded: FREEZEOPS_BACKEND=reference")
             for report in (_examine(path, tf.__version__) for path in sorted(_DIRECTORY.glob("libfreezeops_tf*.so")))
         ]
-        return Diagnosis(versions, backend, reports, "not in use: FREEZEOPS_BACKEND=reference", None, None, gpus())
+        return Diagnosis(versions, backend.name(), reports, packing.host_status(), None, None, gpus())
     outcome = _outcome()
     isa = _isa(outcome.used.path) if outcome.used else None
-    return Diagnosis(versions, backend, outcome.reports, _import_host()[1], isa, cuda_kernels(), gpus())
+    return Diagnosis(versions, backend.name(), outcome.reports, packing.host_status(), isa, cuda_kernels(), gpus())

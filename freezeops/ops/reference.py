@@ -1,4 +1,4 @@
-"""The pure-TensorFlow (and NumPy) twins of the native ops: the specification, and the fallback.
+"""The pure-TensorFlow twins of the native ops: the specification, and the fallback.
 
 Nothing here depends on a compiled library. Entries are selected as integers of
 the entry's width: a float select may change the payload of a NaN (XLA turns the
@@ -10,7 +10,6 @@ and its layout `(outer, kept, inner)`.
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from freezeops.masks.layout import Layout
@@ -19,43 +18,6 @@ from freezeops.masks.layout import Layout
 def integers_like(dtype: tf.DType) -> tf.DType:
     """The signed integers as wide as a floating dtype."""
     return {2: tf.int16, 4: tf.int32, 8: tf.int64}[dtype.size]
-
-
-def pack_bits(array: np.ndarray) -> np.ndarray:
-    """Booleans to packed bits, in row-major order."""
-    return np.packbits(np.ascontiguousarray(array, dtype=bool).reshape(-1), bitorder="little")
-
-
-def unpack_bits(packed: np.ndarray, size: int) -> np.ndarray:
-    """The first `size` packed bits as booleans."""
-    return np.unpackbits(packed, count=size, bitorder="little").view(bool)
-
-
-def count_bits(packed: np.ndarray, size: int) -> int:
-    """How many of the first `size` packed bits are 1."""
-    return int(np.count_nonzero(unpack_bits(packed, size)))
-
-
-def bit_indices(packed: np.ndarray, size: int) -> np.ndarray:
-    """Positions of the ones among the first `size` packed bits, as `int64`."""
-    return np.flatnonzero(unpack_bits(packed, size)).astype(np.int64)
-
-
-RANK_BLOCK_BITS = 2048
-"""Bits of a mask for which ranks are counted together; `kRankBlockBits` in `csrc/mask_layout.h`."""
-
-_ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
-
-
-def rank_offsets(packed: np.ndarray, kept: int) -> np.ndarray:
-    """The number of ones before each block of `RANK_BLOCK_BITS` bits, and their total, as `int64`."""
-    if not kept:
-        return np.zeros(1, np.int64)
-    ones = _ONES_IN_BYTE[packed]
-    if kept % 8:
-        ones[-1] = _ONES_IN_BYTE[packed[-1] & ((1 << kept % 8) - 1)]
-    blocks = np.add.reduceat(ones, np.arange(0, ones.size, RANK_BLOCK_BITS // 8), dtype=np.int64)
-    return np.concatenate([[0], np.cumsum(blocks)])
 
 
 def unpack_mask(mask: tf.Tensor, kept: int) -> tf.Tensor:

@@ -13,12 +13,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops import ops, transforms
+from freezeops import ops
 from freezeops.keras_compat.variables import Variable, components, replica_number, variable_path
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout, elementwise
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.ops import reference
+from freezeops.ops.gradients import Gradient, mask_with_bits
 from freezeops.partitions import partition
 from freezeops.partitions.partition import MaskedPartition, Plan, fit
 
@@ -164,7 +166,7 @@ class TrainableIndex:
     Args:
         layout: Layout of the bits, `(1, kept, inner)`.
         bits: `uint8` variable of the packed mask.
-        offsets: `int64` variable of rank offsets; see `reference.rank_offsets`.
+        offsets: `int64` variable of rank offsets; see `packing.rank_offsets`.
         indices: `uint32` or `int64` variable of the positions of the ones, as long as the capacity. Not
             `int32`, of which TensorFlow keeps variables on the host only: they would be sent to a GPU
             in every step.
@@ -181,9 +183,9 @@ class TrainableIndex:
         """Rank offsets and indices of a packed mask with at most `capacity` ones."""
         wide = layout.kept + capacity > np.iinfo(np.int32).max
         indices = layout.kept + np.arange(capacity, dtype=np.int64 if wide else np.uint32)
-        ones = ops.bit_indices(packed, layout.kept)
+        ones = packing.bit_indices(packed, layout.kept)
         indices[: ones.size] = ones
-        return reference.rank_offsets(packed, layout.kept), indices
+        return packing.rank_offsets(packed, layout.kept), indices
 
     @property
     def variables(self) -> tuple[keras.Variable, keras.Variable, keras.Variable]:
@@ -241,10 +243,10 @@ class CompactPartition(MaskedPartition):
     def inner_variable(self) -> keras.Variable:
         return self._inner
 
-    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def take(self, gradient: Gradient) -> Gradient:
         return self.take_and_remember(gradient)[0]
 
-    def take_and_remember(self, gradient: transforms.Gradient) -> tuple[transforms.Gradient, list[IndexTensors]]:
+    def take_and_remember(self, gradient: Gradient) -> tuple[Gradient, list[IndexTensors]]:
         gradient = self.checked(gradient)
         self.check_not_pending()
         # All of a step is done with the index of this moment: another thread may change the mask in between.
@@ -285,14 +287,14 @@ class CompactPartition(MaskedPartition):
         whole = tf.ensure_shape(whole, self.variable.shape)
         return tf.reshape(ops.gather_trainable(whole, *indices[0], self.layout), self._inner.shape)
 
-    def _take_slices(self, gradient: tf.IndexedSlices, index: IndexTensors) -> transforms.Gradient:
+    def _take_slices(self, gradient: tf.IndexedSlices, index: IndexTensors) -> Gradient:
         """Slices of the compact variable: repeated rows stay repeated, as Keras squares each by itself."""
         row_shape = tuple(self._inner.shape[1:])
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
         rows = self.variable.shape[0]
         gradient = reference.slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
-        masked = transforms.mask_with_bits(gradient, index.mask, self.layout, self.rows)
+        masked = mask_with_bits(gradient, index.mask, self.layout, self.rows)
         bits_per_row = self.layout.kept // rows
         # A row that does not exist is an error outside of XLA; there its bits stand for none, and it is dropped.
         named = tf.cast(masked.indices, tf.int64)

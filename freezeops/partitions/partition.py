@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 import keras
 import tensorflow as tf
 
-from freezeops import ops, transforms
+from freezeops import ops
 from freezeops.keras_compat.variables import Variable, components, dtype_name, tf_variable, variable_path
 from freezeops.masks import layout as layouts
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
+from freezeops.ops.gradients import Gradient, dense_shape, mask_with_bits, merge_slices
 
 Way = Literal["full", "compact", "permanent", "unmasked"]
 
@@ -140,22 +141,22 @@ class Partition(ABC):
         return self.variable
 
     @abstractmethod
-    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def masked(self, gradient: Gradient) -> Gradient:
         """A gradient of the variable with +0.0 in the frozen entries.
 
         Raises:
             ValueError: If it has not the variable's shape.
         """
 
-    def take(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def take(self, gradient: Gradient) -> Gradient:
         """What the inner optimizer is given for a gradient of the variable."""
         return self.masked(gradient)
 
-    def take_and_remember(self, gradient: transforms.Gradient) -> tuple[transforms.Gradient, Any]:
+    def take_and_remember(self, gradient: Gradient) -> tuple[Gradient, Any]:
         """`take`, and what `remember` would return right after it; `None` where that is still to be called."""
         return self.take(gradient), None
 
-    def checked(self, gradient: Any) -> transforms.Gradient:
+    def checked(self, gradient: Any) -> Gradient:
         """A gradient of the variable as it is, if it has the variable's shape.
 
         What is not known of that yet is looked at when the step runs; where all is known, that
@@ -163,7 +164,7 @@ class Partition(ABC):
         """
         if not isinstance(gradient, tf.IndexedSlices):
             gradient = tf.convert_to_tensor(gradient)
-        shape, own = transforms.dense_shape(gradient), tf.TensorShape(self.variable.shape)
+        shape, own = dense_shape(gradient), tf.TensorShape(self.variable.shape)
         if not shape.is_compatible_with(own):
             raise ValueError(
                 "A gradient must have the shape of its variable. Received: gradient of shape "
@@ -283,9 +284,9 @@ class MaskedPartition(Partition):
     layout: Layout
     bits: keras.Variable
 
-    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def masked(self, gradient: Gradient) -> Gradient:
         bits = tf.convert_to_tensor(tf_variable(self.bits))
-        return transforms.mask_with_bits(self.checked(gradient), bits, self.layout, self.rows)
+        return mask_with_bits(self.checked(gradient), bits, self.layout, self.rows)
 
     @property
     def rows(self) -> int | None:
@@ -353,7 +354,7 @@ class FullPartition(MaskedPartition):
         for variable, (bits, old, rows) in zip(components(self.variable), snapshot, strict=True):
             if rows is not None:
                 new = variable.sparse_read(rows)
-                merged = ops.merge_slices(new, old, rows, bits, self.layout, variable.shape[0])
+                merged = merge_slices(new, old, rows, bits, self.layout, variable.shape[0])
                 variable.scatter_update(tf.IndexedSlices(merged, rows))
 
     def put_into_average(self, average: Variable) -> None:
@@ -383,7 +384,7 @@ class PermanentPartition(Partition):
     def inner_variable(self) -> None:
         return None
 
-    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def masked(self, gradient: Gradient) -> Gradient:
         gradient = self.checked(gradient)
         if isinstance(gradient, tf.IndexedSlices):
             values = tf.zeros_like(gradient.values)
@@ -425,7 +426,7 @@ class UnmaskedPartition(Partition):
         super().__init__(variable)
         self._reason = reason
 
-    def masked(self, gradient: transforms.Gradient) -> transforms.Gradient:
+    def masked(self, gradient: Gradient) -> Gradient:
         return self.checked(gradient)
 
     @property

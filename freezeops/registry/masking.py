@@ -15,6 +15,7 @@ from freezeops.masks import layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.notices import warn
+from freezeops.ops.gradients import Gradient
 from freezeops.partitions import partition
 from freezeops.partitions.partition import MaskedPartition, Partition
 from freezeops.registry import report, rules, rules_config
@@ -22,7 +23,6 @@ from freezeops.registry.rules import Loaded, Rule
 from freezeops.step.traced_writes import TracedWrites, guarded
 from freezeops.storage import saved_names
 from freezeops.storage.stored import Stored, StoredMask, find, refusal
-from freezeops.transforms import Gradient
 
 INNER_ARGUMENTS = (
     "learning_rate",

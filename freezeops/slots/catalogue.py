@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from freezeops.keras_compat.variables import Variable, variable_path
+from freezeops.keras_compat.wrapped import momentum_product, trained_variables
 from freezeops.messages import short
 
 Role = Literal["first_moment", "second_moment", "history", "weight"]
@@ -141,7 +142,7 @@ def slots_of(optimizer: keras.optimizers.Optimizer) -> Iterator[tuple[Variable, 
         optimizer: One that wraps no other.
     """
     declared = next((_SLOTS[cls] for cls in type(optimizer).__mro__ if cls in _SLOTS), {})
-    for index, variable in enumerate(optimizer._trainable_variables):
+    for index, variable in enumerate(trained_variables(optimizer)):
         found = []
         for attribute, slot in declared.items():
             variables = getattr(optimizer, attribute, None) or []
@@ -152,3 +153,93 @@ def slots_of(optimizer: keras.optimizers.Optimizer) -> Iterator[tuple[Variable, 
             if state is not None and tuple(state.shape) == tuple(variable.shape):
                 found.append((slot, state))
         yield variable, found
+
+
+@dataclass(frozen=True)
+class UpdateFormula:
+    """How an optimizer updates one entry, so that a native kernel can do it.
+
+    Attributes:
+        name: Its name in `csrc/kernels/fused_rules.h` and in `ops/reference_updates.py`.
+        slots: Attributes of the optimizer that hold the slots, in the order given there.
+        scalars: Function of an optimizer, its learning rate and the variables' dtype. It returns the
+            factor of an update, then the further numbers of the formula, in the order given there.
+            Each is calculated by Keras's own operations, so that no rounding differs.
+        sparse: Whether it takes `tf.IndexedSlices`.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    scalars: Callable[[Any, tf.Tensor, str], list[Any]]
+    sparse: bool = False
+
+
+def _sgd(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    return [rate, keras.ops.cast(optimizer.momentum, dtype)] if optimizer.momentum else [rate]
+
+
+def _adam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    step = keras.ops.cast(optimizer.iterations + 1, dtype)
+    power_1 = keras.ops.power(keras.ops.cast(optimizer.beta_1, dtype), step)
+    power_2 = keras.ops.power(keras.ops.cast(optimizer.beta_2, dtype), step)
+    alpha = rate * keras.ops.sqrt(1 - power_2) / (1 - power_1)
+    return [alpha, 1 - optimizer.beta_1, 1 - optimizer.beta_2, optimizer.epsilon]
+
+
+def _nadam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    step, next_step = (keras.ops.cast(optimizer.iterations + ahead, dtype) for ahead in (1, 2))
+    decay, beta_1, beta_2 = (keras.ops.cast(value, dtype) for value in (0.96, optimizer.beta_1, optimizer.beta_2))
+    u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, step))
+    next_u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, next_step))
+    product = keras.ops.cast(momentum_product(optimizer), dtype)
+    rest = [next_u, 1 - product * next_u, 1 - u, 1 - product, 1 - keras.ops.power(beta_2, step)]
+    return [rate, 1 - beta_1, 1 - beta_2, optimizer.epsilon, *rest]
+
+
+def _rmsprop(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    momentum = [optimizer.momentum] if optimizer.momentum > 0 else []
+    return [rate, optimizer.rho, 1 - optimizer.rho, optimizer.epsilon, *momentum]
+
+
+def _adagrad(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    return [rate, optimizer.epsilon]
+
+
+def _lion(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
+    beta_1, beta_2 = keras.ops.cast(optimizer.beta_1, dtype), keras.ops.cast(optimizer.beta_2, dtype)
+    return [rate, beta_1, 1.0 - beta_1, beta_2, 1.0 - beta_2]
+
+
+def _sgd_formula(optimizer: Any) -> UpdateFormula:
+    if not optimizer.momentum:
+        return UpdateFormula("sgd", (), _sgd)
+    return UpdateFormula("sgd_nesterov" if optimizer.nesterov else "sgd_momentum", ("momentums",), _sgd, sparse=True)
+
+
+def _adam_formula(optimizer: Any) -> UpdateFormula:
+    slots = ("_momentums", "_velocities")
+    if optimizer.amsgrad:
+        return UpdateFormula("adam_amsgrad", (*slots, "_velocity_hats"), _adam, sparse=True)
+    return UpdateFormula("adam", slots, _adam, sparse=True)
+
+
+def _rmsprop_formula(optimizer: Any) -> UpdateFormula:
+    name, slots = "rmsprop", ["_velocities"]
+    if optimizer.momentum > 0:
+        name, slots = name + "_momentum", [*slots, "_momentums"]
+    if optimizer.centered:
+        name, slots = name + "_centered", [*slots, "_average_gradients"]
+    return UpdateFormula(name, tuple(slots), _rmsprop)
+
+
+FORMULAS: dict[str, Callable[[Any], UpdateFormula]] = {
+    "SGD": _sgd_formula,
+    "Adam": _adam_formula,
+    "AdamW": _adam_formula,
+    # Not slices: Keras divides each by a bias correction before it sums those of a row.
+    "Nadam": lambda optimizer: UpdateFormula("nadam", ("_momentums", "_velocities"), _nadam),
+    "RMSprop": _rmsprop_formula,
+    "Adagrad": lambda optimizer: UpdateFormula("adagrad", ("_accumulators",), _adagrad),
+    "Lion": lambda optimizer: UpdateFormula("lion", ("_momentums",), _lion),
+}
+"""By the name of the class in `keras.optimizers`: the formula of an optimizer of just that class."""

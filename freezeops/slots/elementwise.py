@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import keras
 
-from freezeops.keras_compat.wrapped import base_optimizers, is_multi_optimizer, wrapped_optimizers
+from freezeops.keras_compat.wrapped import base_optimizers, is_multi_optimizer, optimizer_map, wrapped_optimizers
 from freezeops.messages import short
 
 _Class = TypeVar("_Class", bound=type)
@@ -73,10 +73,10 @@ def check_elementwise(optimizer: keras.optimizers.Optimizer) -> None:
         ValueError: If one mixes entries or is not known not to, or cannot be known yet.
     """
     for part in wrapped_optimizers(optimizer):
-        if is_multi_optimizer(part) and not isinstance(part._optimizer_map, keras.optimizers.OptimizerMap):
+        if is_multi_optimizer(part) and not isinstance(optimizer_map(part), keras.optimizers.OptimizerMap):
             raise ValueError(
                 "`inner_optimizer` must be known with all that it wraps for state='compact': make the MultiOptimizer "
-                f"from a keras.optimizers.OptimizerMap. Received: a MultiOptimizer from {part._optimizer_map!r}"
+                f"from a keras.optimizers.OptimizerMap. Received: a MultiOptimizer from {optimizer_map(part)!r}"
             )
     for base in base_optimizers(optimizer):
         if type(base) in _ELEMENTWISE:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from freezeops import ops
 from freezeops.keras_compat.variables import Variable, components, numpy_of
 from freezeops.keras_compat.wrapped import SlotRecord, accumulators, average_slots, step_count
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.partitions.compact import CompactPartition, inner_shape
@@ -79,7 +79,7 @@ def entry_states(
 
 def positions_of(mask: Mask, layout: Layout) -> np.ndarray:
     """The positions of the ones among the bits of a mask, ascending."""
-    return ops.bit_indices(mask.with_layout(layout).packed, layout.kept)
+    return packing.bit_indices(mask.with_layout(layout).packed, layout.kept)
 
 
 def unpacked(values: np.ndarray, entries: np.ndarray, initial: np.ndarray) -> np.ndarray:
@@ -250,7 +250,7 @@ class CompactSlots(VariableSlots):
         for state, values in zip(self._states, moved, strict=False):
             state.assign(values)
         if self.unseeded is not None:
-            self.unseeded.assign(ops.pack_bits(moved[-1]))
+            self.unseeded.assign(packing.pack_bits(moved[-1]))
 
     def forget(self) -> None:  # noqa: D102
         super().forget()

@@ -16,7 +16,7 @@ from freezeops import ops
 from freezeops.keras_compat.hooks import StepHook, before_updates
 from freezeops.keras_compat.variables import Variable, component_beside, components, numpy_of, variable_key
 from freezeops.keras_compat.wrapped import step_count
-from freezeops.masks import layout
+from freezeops.masks import layout, packing
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.slots.catalogue import Slot
@@ -130,7 +130,7 @@ class VariableSlots:
     def waiting(self) -> np.ndarray:
         """Which entries wait to be seeded: booleans of the variable's shape. Only where some can."""
         assert self.unseeded is not None
-        flags = ops.unpack_bits(numpy_of(self.unseeded), self._size)
+        flags = packing.unpack_bits(numpy_of(self.unseeded), self._size)
         return flags.reshape(tuple(self.variable.shape))
 
     @property

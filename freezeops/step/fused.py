@@ -1,14 +1,12 @@
 """Fused updates: for Keras's own optimizers one native pass over gradient, variable, slots and mask bits.
 
-Which optimizers these are, what a step of theirs multiplies with, and how a step is handed to `ops.fused_update`. The
-arithmetic of an entry is in `csrc/kernels/fused_rules.h` and in its twin, `reference_updates.py`.
-
-Read in Keras 3.15.1, `optimizers/*.py`.
+How a step is handed to `ops.fused_update`. Which optimizers have a formula, and what it is, is in `formulas.py` and in
+the catalogue.
 """
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,131 +15,16 @@ import keras
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.keras_compat.hooks import UpdateHook, can_update_together, updating_together
-from freezeops.keras_compat.known import replaced_methods, unknown_wrappers
+from freezeops.keras_compat.hooks import UpdateHook, updating_together
 from freezeops.keras_compat.variables import Variable, component_beside, device_of, dtype_name, variable_key
-from freezeops.keras_compat.wrapped import wrapped_optimizers
+from freezeops.keras_compat.wrapped import decays_weight, wrapped_optimizers
 from freezeops.masks.layout import Layout
+from freezeops.ops.gradients import Gradient
 from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
-from freezeops.slots.catalogue import Slot
+from freezeops.slots.catalogue import Slot, UpdateFormula
 from freezeops.slots.unfreezing import Seeding, VariableSlots
-from freezeops.transforms import Gradient
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one kind of optimizer updates an entry.
-
-    Attributes:
-        name: Its name in `csrc/kernels/fused_rules.h`.
-        slots: Attributes of the optimizer that hold the slots, in the order given there.
-        scalars: From an optimizer, its learning rate and the variables' dtype: what an update is
-            multiplied by, then the numbers that are the rule's own, in the order given there.
-            Each is calculated by Keras's own operations, so that no rounding differs.
-        sparse: Whether it takes `tf.IndexedSlices`.
-    """
-
-    name: str
-    slots: tuple[str, ...]
-    scalars: Callable[[Any, tf.Tensor, str], list[Any]]
-    sparse: bool = False
-
-
-def _sgd(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
-    return [rate, keras.ops.cast(optimizer.momentum, dtype)] if optimizer.momentum else [rate]
-
-
-def _adam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
-    step = keras.ops.cast(optimizer.iterations + 1, dtype)
-    power_1 = keras.ops.power(keras.ops.cast(optimizer.beta_1, dtype), step)
-    power_2 = keras.ops.power(keras.ops.cast(optimizer.beta_2, dtype), step)
-    alpha = rate * keras.ops.sqrt(1 - power_2) / (1 - power_1)
-    return [alpha, 1 - optimizer.beta_1, 1 - optimizer.beta_2, optimizer.epsilon]
-
-
-def _nadam(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
-    step, next_step = (keras.ops.cast(optimizer.iterations + ahead, dtype) for ahead in (1, 2))
-    decay, beta_1, beta_2 = (keras.ops.cast(value, dtype) for value in (0.96, optimizer.beta_1, optimizer.beta_2))
-    u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, step))
-    next_u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, next_step))
-    product = keras.ops.cast(optimizer._u_product, dtype)
-    rest = [next_u, 1 - product * next_u, 1 - u, 1 - product, 1 - keras.ops.power(beta_2, step)]
-    return [rate, 1 - beta_1, 1 - beta_2, optimizer.epsilon, *rest]
-
-
-def _rmsprop(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
-    momentum = [optimizer.momentum] if optimizer.momentum > 0 else []
-    return [rate, optimizer.rho, 1 - optimizer.rho, optimizer.epsilon, *momentum]
-
-
-def _adagrad(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
-    return [rate, optimizer.epsilon]
-
-
-def _lion(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
-    beta_1, beta_2 = keras.ops.cast(optimizer.beta_1, dtype), keras.ops.cast(optimizer.beta_2, dtype)
-    return [rate, beta_1, 1.0 - beta_1, beta_2, 1.0 - beta_2]
-
-
-def rule_of(optimizer: keras.optimizers.Optimizer, outermost: keras.optimizers.Optimizer) -> Rule | str:
-    """The rule of a built optimizer that wraps no other; or why there is none, in words for people.
-
-    Args:
-        optimizer: The optimizer.
-        outermost: What `MaskedOptimizer` wraps: this one, or what wraps it.
-    """
-    cls = type(optimizer)
-    if not any(cls is getattr(keras.optimizers, name) for name in _RULES):
-        return f"not one of {', '.join(_RULES)} itself"
-    if unknown := unknown_wrappers(outermost):
-        return f"{type(unknown[0]).__name__} around it may write variables"
-    for part in wrapped_optimizers(outermost):
-        if replaced := replaced_methods(part):
-            return f"its `{replaced[0]}` was replaced"
-    if not can_update_together(optimizer):
-        return "this version of Keras updates variables in a way that freezeops does not know"
-    if optimizer.use_ema:
-        return "a moving average looks at what each step wrote"
-    rule = _RULES[cls.__name__](optimizer)
-    if any(not isinstance(getattr(optimizer, name, None), list | tuple) for name in rule.slots):
-        return "its slots are not where this version of freezeops knows them"
-    return rule
-
-
-def _rule_of_sgd(optimizer: Any) -> Rule:
-    if not optimizer.momentum:
-        return Rule("sgd", (), _sgd)
-    return Rule("sgd_nesterov" if optimizer.nesterov else "sgd_momentum", ("momentums",), _sgd, sparse=True)
-
-
-def _rule_of_adam(optimizer: Any) -> Rule:
-    slots = ("_momentums", "_velocities")
-    if optimizer.amsgrad:
-        return Rule("adam_amsgrad", (*slots, "_velocity_hats"), _adam, sparse=True)
-    return Rule("adam", slots, _adam, sparse=True)
-
-
-def _rule_of_rmsprop(optimizer: Any) -> Rule:
-    name, slots = "rmsprop", ["_velocities"]
-    if optimizer.momentum > 0:
-        name, slots = name + "_momentum", [*slots, "_momentums"]
-    if optimizer.centered:
-        name, slots = name + "_centered", [*slots, "_average_gradients"]
-    return Rule(name, tuple(slots), _rmsprop)
-
-
-_RULES: dict[str, Callable[[Any], Rule]] = {
-    "SGD": _rule_of_sgd,
-    "Adam": _rule_of_adam,
-    "AdamW": _rule_of_adam,
-    # Not slices: Keras divides each by a bias correction before it sums those of a row.
-    "Nadam": lambda optimizer: Rule("nadam", ("_momentums", "_velocities"), _nadam),
-    "RMSprop": _rule_of_rmsprop,
-    "Adagrad": lambda optimizer: Rule("adagrad", ("_accumulators",), _adagrad),
-    "Lion": lambda optimizer: Rule("lion", ("_momentums",), _lion),
-}
-"""By the name of the class in `keras.optimizers`: the rule of an optimizer of just that class."""
+from freezeops.step.formulas import formula_of
 
 
 def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> bool:
@@ -190,7 +73,7 @@ class _Included(NamedTuple):
     Attributes:
         part: Its partition.
         number: Its number among the optimizer's variables.
-        states: Its slots, those of the rule.
+        states: Its slots, those of the formula.
         seeded: What is known of its slots, if entries of it may wait to be seeded.
     """
 
@@ -206,7 +89,7 @@ class FusedUpdates:
     Args:
         outermost: What `MaskedOptimizer` wraps.
         optimizer: The one of it that wraps no other, built.
-        rule: Its rule.
+        formula: Its formula.
         seeding: What seeds its slots.
     """
 
@@ -214,10 +97,10 @@ class FusedUpdates:
         self,
         outermost: keras.optimizers.Optimizer,
         optimizer: keras.optimizers.Optimizer,
-        rule: Rule,
+        formula: UpdateFormula,
         seeding: Seeding,
     ):
-        self.rule = rule
+        self.formula = formula
         self.optimizer = optimizer
         self.seeding = seeding
         self.included: dict[str, _Included] = {}
@@ -236,7 +119,7 @@ class FusedUpdates:
         self.included[key] = _Included(part, number, self._states(number), seeded)
 
     def _states(self, number: int) -> list[Variable]:
-        return [getattr(self.optimizer, name)[number] for name in self.rule.slots]
+        return [getattr(self.optimizer, name)[number] for name in self.formula.slots]
 
     def has_slots_of(self, part: Partition) -> bool:
         """Whether the slots of a variable are still those that it was included with."""
@@ -246,10 +129,10 @@ class FusedUpdates:
     @property
     def reason_against(self) -> str:
         """Why nothing can be fused in the step that begins; "" where it can: options can be set at any time."""
-        rule = rule_of(self.optimizer, self._outermost)
-        if isinstance(rule, str):
-            return rule
-        return "" if rule == self.rule else "its options are not those that it was built with"
+        formula = formula_of(self.optimizer, self._outermost)
+        if isinstance(formula, str):
+            return formula
+        return "" if formula == self.formula else "its options are not those that it was built with"
 
     def step(self) -> "FusedStep":
         """A step that begins."""
@@ -280,7 +163,7 @@ class FusedStep(UpdateHook):
     def takes(self, part: Partition, gradient: Gradient) -> bool:
         """Whether a gradient of such a kind can be fused, for a variable."""
         dense = not isinstance(gradient, tf.IndexedSlices)
-        return (dense or self._updates.rule.sparse) and self._updates.has_slots_of(part)
+        return (dense or self._updates.formula.sparse) and self._updates.has_slots_of(part)
 
     def take(self, part: Partition, gradient: Gradient) -> tuple[Gradient, Variable, Any]:
         """Includes a variable.
@@ -352,7 +235,7 @@ class FusedStep(UpdateHook):
             if not tf.executing_eagerly():
                 # As Grappler reorders Keras's `variable * decay * rate`.
                 decay = [decay[0] * decay[1], 1.0]
-        step, *others = self._updates.rule.scalars(optimizer, rate, dtype)
+        step, *others = self._updates.formula.scalars(optimizer, rate, dtype)
         fused = []
         seeded: list[tuple[int, Slot]] = []
         for part, whole, gradient in zip(group.parts, group.variables, gradients, strict=True):
@@ -366,7 +249,7 @@ class FusedStep(UpdateHook):
         scales = self._updates.seeding.scales([slot for _, slot in seeded])
         for together in _calls(fused):
             ops.fused_update(
-                self._updates.rule.name,
+                self._updates.formula.name,
                 together,
                 scalars,
                 [number for number, _ in seeded],
@@ -401,7 +284,7 @@ class FusedStep(UpdateHook):
             bits=None if masked is None else beside(masked.bits),
             ranks=None if index is None else (beside(index.offsets), beside(index.indices)),
             unseeded=None if slots is None else beside(slots.unseeded),
-            decays=optimizer.weight_decay is not None and optimizer._use_weight_decay(variable),
+            decays=optimizer.weight_decay is not None and decays_weight(optimizer, variable),
         )
 
 

@@ -19,8 +19,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from freezeops import ops
 from freezeops.masks import layout as layouts
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout, Shape
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
@@ -127,7 +127,7 @@ class RawMask:
         trainable = mask.indices()
         if self.waiting.size * 8 < trainable.size:
             return None
-        flags[trainable] = ops.unpack_bits(self.waiting, self.waiting.size * 8)[: trainable.size]
+        flags[trainable] = packing.unpack_bits(self.waiting, self.waiting.size * 8)[: trainable.size]
         return Mask.from_array(flags.reshape(shape))
 
 

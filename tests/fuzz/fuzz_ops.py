@@ -30,7 +30,8 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from freezeops import ops
+from freezeops import backend
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops import native, reference, reference_updates
 from freezeops.ops.reference_updates import FusedVariable
@@ -101,10 +102,10 @@ def shape_of(layout: Layout) -> list[int]:
 
 def index_of(rng: np.random.Generator, layout: Layout, variable: bool) -> dict[str, Any]:
     mask = packed(rng, layout.kept)
-    ones = reference.bit_indices(mask, layout.kept)
+    ones = packing.bit_indices(mask, layout.kept)
     room = layout.kept + np.arange(int(rng.choice([0, 0, 3])))
     indices = np.concatenate([ones, room]).astype(rng.choice([np.uint32, np.int64]))
-    of_index = {"mask": mask, "offsets": reference.rank_offsets(mask, layout.kept), "indices": indices}
+    of_index = {"mask": mask, "offsets": packing.rank_offsets(mask, layout.kept), "indices": indices}
     return {name: Value(array, variable, exact=name != "indices") for name, array in of_index.items()}
 
 
@@ -617,7 +618,7 @@ def main() -> int:
         os.environ.pop("FREEZEOPS_BACKEND", None)
         library = tf.load_op_library(str(options.library))
         native.op_library = lambda: library
-    assert ops.backend() == "auto" and native.op_library() is not None, "no native library for this TensorFlow"
+    assert backend.name() == "auto" and native.op_library() is not None, "no native library for this TensorFlow"
     begin = time.monotonic()
     ends = fuzz(options.calls, options.seed, options.first, options.log)
     for op in OPS:

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernels/fused_parts.h"
+#include "kernels/cpu/parallel_fused.h"
 
 namespace {
 

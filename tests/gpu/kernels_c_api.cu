@@ -1,16 +1,16 @@
 // The CUDA kernels as plain C functions, for ctypes. All kernels are in this one translation unit, so that a compiler
-// of any kind makes the library: nvcc for a GPU; any other runs the same code on the host, see kernels/warps.h.
+// of any kind makes the library: nvcc for a GPU; any other runs the same code on the host, see kernels/cuda/warps.h.
 
 #include <string.h>
 
 #include <vector>
 
-#include "kernels/compact_cuda.cu"
-#include "kernels/fused_cuda.cu"
-#include "kernels/mask_cuda.cu"
-#include "kernels/seed_cuda.cu"
+#include "kernels/cuda/compact.cu"
+#include "kernels/cuda/fused.cu"
+#include "kernels/cuda/mask.cu"
+#include "kernels/cuda/seed.cu"
 #if defined(__CUDACC__)
-#include "kernels/runtime_cuda.cu"
+#include "kernels/cuda/runtime.cu"
 #endif
 
 using freezeops::MaskLayout;

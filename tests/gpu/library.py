@@ -78,7 +78,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 class FusedVariable(ctypes.Structure):
-    """`cuda::FusedVariable` of `csrc/kernels/kernels_cuda.h`. Slots are in the rule's own order."""
+    """`cuda::FusedVariable` of `csrc/kernels/cuda/kernels.h`. Slots are in the rule's own order."""
 
     _fields_ = (
         ("variable", ctypes.c_void_p),

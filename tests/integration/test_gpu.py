@@ -12,8 +12,9 @@ from fused_variables import RULES, assert_same_state, variables_of
 
 import freezeops as fz
 from freezeops import ops
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
-from freezeops.ops import reference, reference_updates
+from freezeops.ops import reference_updates
 
 GPUS = tf.config.list_physical_devices("GPU")
 pytestmark = [
@@ -38,7 +39,7 @@ def packed(rng, layout, density=0.5):
 
 
 def trainable(bits, layout):
-    kept = reference.unpack_bits(bits, layout.kept)
+    kept = packing.unpack_bits(bits, layout.kept)
     return np.broadcast_to(kept[None, :, None], tuple(layout)).reshape(-1)
 
 
@@ -75,9 +76,9 @@ def test_compact_ops(layout, dtype, density):
     rng = np.random.default_rng(1)
     bits = packed(rng, layout, density)
     passing = trainable(bits, layout)
-    ones = reference.bit_indices(bits, layout.kept)
+    ones = packing.bit_indices(bits, layout.kept)
     indices = np.concatenate([ones, layout.kept + np.arange(2)]).astype(np.uint32)
-    index = [on_gpu(each) for each in (bits, reference.rank_offsets(bits, layout.kept), indices)]
+    index = [on_gpu(each) for each in (bits, packing.rank_offsets(bits, layout.kept), indices)]
     old, new = (random_bits(rng, layout.size, dtype) for _ in range(2))
     variable = on_gpu(old)
 

@@ -16,7 +16,9 @@ import tensorflow as tf
 from common import assert_same_bits
 
 import freezeops as fz
+from freezeops import backend
 from freezeops._version import __version__
+from freezeops.masks import packing
 from freezeops.ops import native
 
 RUNNING = tf.__version__
@@ -122,11 +124,35 @@ def test_reference_backend_loads_nothing_and_says_nothing(loader, monkeypatch):
         loader.register_ops()
         assert loader._loaded is None
         assert loader.op_library() is None
-        assert loader.host_module() is None
+        assert packing.host_module() is None
         assert loader.has_cuda() is False
         diagnosis = loader.diagnosis()
     assert diagnosis.backend == "reference"
     assert diagnosis.isa is None
+
+
+@pytest.mark.parametrize("use", ["register_ops", "op_library", "has_cuda", "diagnosis"])
+def test_another_backend_is_an_error_before_anything_is_loaded(loader, monkeypatch, use):
+    monkeypatch.setenv("FREEZEOPS_BACKEND", "refrence")
+    with pytest.raises(ValueError, match="must be 'auto' or 'reference'. Received: FREEZEOPS_BACKEND='refrence'"):
+        getattr(loader, use)()
+    assert loader._loaded is None
+    with pytest.raises(ValueError, match="FREEZEOPS_BACKEND must be"):
+        packing.pack_bits(np.ones(3, bool))
+
+
+def test_an_empty_backend_is_auto(monkeypatch):
+    monkeypatch.setenv("FREEZEOPS_BACKEND", "")
+    assert backend.name() == "auto" and not backend.is_reference()
+
+
+def test_a_missing_host_module_is_said_in_the_diagnosis(monkeypatch):
+    monkeypatch.delenv("FREEZEOPS_BACKEND", raising=False)
+    monkeypatch.setattr(packing, "_imported", None)
+    monkeypatch.setitem(sys.modules, "freezeops._host", None)  # the import system's own way of saying "not there"
+    assert packing.host_module() is None
+    assert packing.host_status().startswith("not in use: ")
+    assert packing.pack_bits(np.array([True, False, True])).tolist() == [5]
 
 
 def test_diagnosis_names_every_library_and_why_it_was_refused(loader, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 from common import assert_same_bits
 
-from freezeops.ops import native, reference
+from freezeops.masks import packing
+from freezeops.ops import native
 
 library = native.op_library()
 pytestmark = pytest.mark.skipif(library is None, reason="no native library for this TensorFlow")
@@ -139,9 +140,9 @@ def test_gradient_is_masked_in_its_own_buffer():
 
 def index(packed, kept, room=0):
     """Mask, offsets and indices that belong together."""
-    ones = reference.bit_indices(packed, kept)
+    ones = packing.bit_indices(packed, kept)
     indices = np.concatenate([ones, kept + np.arange(room)]).astype(np.int32)
-    return [packed, reference.rank_offsets(packed, kept), indices]
+    return [packed, packing.rank_offsets(packed, kept), indices]
 
 
 @pytest.mark.parametrize("mode", ["function", "jit"])
@@ -188,7 +189,7 @@ def test_index_that_does_not_belong_to_its_mask(wrong, density, mode):
             continue
         with pytest.raises(tf.errors.OpError, match=message):
             tf.function(function, jit_compile=mode == "jit", autograph=False)()
-    frozen = ~reference.unpack_bits(values[0], kept)
+    frozen = ~packing.unpack_bits(values[0], kept)
     assert not variable.numpy()[frozen].any()
 
 

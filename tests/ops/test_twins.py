@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from freezeops import ops
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops import native, reference
 
@@ -352,11 +353,11 @@ COMPACT_LAYOUTS = st.one_of(
 
 def index_of(packed, layout, room):
     """Mask, rank offsets and indices as a compact variable keeps them, with room for more entries."""
-    ones = reference.bit_indices(packed, layout.kept)
+    ones = packing.bit_indices(packed, layout.kept)
     indices = np.concatenate([ones, layout.kept + np.arange(room)]).astype(np.uint32)
     return (
         tf.constant(packed),
-        tf.constant(reference.rank_offsets(packed, layout.kept)),
+        tf.constant(packing.rank_offsets(packed, layout.kept)),
         tf.constant(indices),
     )
 
@@ -377,7 +378,7 @@ def test_gather_and_scatter_trainable(mode, layout, dtype, density, room, seed):
     old, new = any_bits(rng, dtype, layout.size), any_bits(rng, dtype, layout.size)
     packed = any_mask(rng, layout, density)
     index = index_of(packed, layout, room)
-    passing = np.repeat(reference.unpack_bits(packed, layout.kept), layout.inner)
+    passing = np.repeat(packing.unpack_bits(packed, layout.kept), layout.inner)
     for library in (ops, reference):
         variable = tf.Variable(tf.constant(old))
 
@@ -410,7 +411,7 @@ def test_rank_trainable(kept, density, room, seed):
     packed = any_mask(rng, layout, density)
     index = index_of(packed, layout, room)
     bits = rng.integers(0, kept, 50)
-    flags = reference.unpack_bits(packed, kept)
+    flags = packing.unpack_bits(packed, kept)
     capacity = int(flags.sum()) + room
     expected = np.clip(np.cumsum(flags)[bits] - flags[bits], 0, max(capacity - 1, 0))
     for library in (ops, reference):
@@ -457,8 +458,8 @@ def test_rank_offsets(kept):
     flags = np.random.default_rng(1).random(kept) < 0.3
     padding = np.ones(-kept % 8, bool)  # counts for nothing
     packed = np.packbits(np.concatenate([flags, padding]), bitorder="little")
-    offsets = reference.rank_offsets(packed, kept)
+    offsets = packing.rank_offsets(packed, kept)
     assert offsets.dtype == np.int64
-    blocks = -(-kept // reference.RANK_BLOCK_BITS)
-    expected = [flags[: i * reference.RANK_BLOCK_BITS].sum() for i in range(blocks)] + [flags.sum()]
+    blocks = -(-kept // packing.RANK_BLOCK_BITS)
+    expected = [flags[: i * packing.RANK_BLOCK_BITS].sum() for i in range(blocks)] + [flags.sum()]
     np.testing.assert_array_equal(offsets, expected)

@@ -1,0 +1,294 @@
+// The kernels, written once over a set of word operations; each instruction set's file includes this after its own.
+//
+// The includer provides, in the anonymous namespace of freezeops,
+//   template <typename U> struct Words   zero, copy, copy_or_zero, compress, expand on 64 entries (see words_scalar.h);
+//   void stream_zero(void*, int64_t)     zeroes bytes past the cache
+//   void stream_fence()                  orders those writes before what follows
+
+#ifndef FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_
+#define FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_
+
+#include <stdint.h>
+
+#include "kernels/cpu/few_entries.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/mask_walk.h"
+#include "kernels/cpu/words_scalar.h"
+
+namespace freezeops {
+namespace {
+
+// Runs are copied and zeroed in place unless they are at least this long (bytes): where they are short and many, the
+// library's memcpy and memset took twice the time. The files are compiled so that these loops stay loops.
+constexpr int64_t kLeastForLibrary = int64_t{1} << 20;
+
+template <typename U>
+FREEZEOPS_INLINE void copy_run(U* destination, const U* source, int64_t length) {
+  char* to = reinterpret_cast<char*>(destination);
+  const char* from = reinterpret_cast<const char*>(source);
+  int64_t bytes = length * static_cast<int64_t>(sizeof(U));
+  if (bytes < kLeastForLibrary) {
+    for (; bytes >= 64; bytes -= 64, to += 64, from += 64) __builtin_memcpy(to, from, 64);
+  }
+  if (bytes > 0) __builtin_memcpy(to, from, bytes);
+}
+
+template <typename U>
+FREEZEOPS_INLINE void zero_run(U* data, int64_t length) {
+  char* to = reinterpret_cast<char*>(data);
+  int64_t bytes = length * static_cast<int64_t>(sizeof(U));
+  if (bytes < kLeastForLibrary) {
+    for (; bytes >= 64; bytes -= 64, to += 64) __builtin_memset(to, 0, 64);
+  }
+  if (bytes > 0) __builtin_memset(to, 0, bytes);
+}
+
+template <typename U, int kArrays>
+FREEZEOPS_INLINE void collect_few(FewEntries* few, int64_t position, const uint64_t* block, int words,
+                                  const U* const arrays[kArrays]) {
+  few->position = position;
+  int count = 0;
+  int64_t last = position;
+  // Written whether there is one or not: whether a word has none, one or two cannot be foreseen.
+  const auto add = [&](int64_t entry, bool any) {
+    few->entries[count] = static_cast<uint16_t>(entry);
+    count += any;
+    last = any ? position + entry : last;
+    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + last);
+  };
+  visit_few(0, block, words, add, [&](int64_t first, uint64_t more) {
+    for (; more != 0; more &= more - 1) add(first + __builtin_ctzll(more), true);
+  });
+  few->count = count;
+}
+
+template <typename U>
+struct ZeroVisitor {
+  U* data;
+  int64_t least_streamed;  // entries; shorter runs are written through the cache
+  void run(int64_t position, int64_t length) {
+    if (length >= least_streamed) {
+      stream_zero(data + position, length * static_cast<int64_t>(sizeof(U)));
+    } else {
+      zero_run(data + position, length);
+    }
+  }
+  void word(int64_t position, uint64_t selected) { Words<U>::zero(data + position, selected); }
+  void tail(int64_t position, uint64_t selected, int64_t) { ScalarWords<U>::zero_bits(data + position, selected); }
+  void few(int64_t position, const uint64_t* block, int count) {
+    U nowhere;
+    visit_few(
+        position, block, count, [&](int64_t entry, bool any) { *(any ? data + entry : &nowhere) = 0; },
+        [&](int64_t at, uint64_t more) { ScalarWords<U>::zero_bits(data + at, more); });
+  }
+};
+
+// Sees the frozen entries; what lies between them is copied as it is.
+template <typename U>
+struct CopyAndZeroVisitor {
+  U* destination;
+  const U* source;
+  int64_t done = 0;
+  void copy_until(int64_t position) { copy_run(destination + done, source + done, position - done); }
+  void run(int64_t position, int64_t length) {
+    copy_until(position);
+    zero_run(destination + position, length);
+    done = position + length;
+  }
+  void word(int64_t position, uint64_t selected) {
+    copy_until(position);
+    Words<U>::copy_or_zero(destination + position, source + position, selected);
+    done = position + 64;
+  }
+  void tail(int64_t position, uint64_t selected, int64_t length) {
+    copy_until(position);
+    for (int64_t i = 0; i < length; ++i) {
+      destination[position + i] = (selected >> i) & 1 ? U{0} : source[position + i];
+    }
+    done = position + length;
+  }
+  void few(int64_t position, const uint64_t* block, int count) {
+    for (int i = 0; i < count; ++i) {
+      if (block[i] != 0) word(position + 64 * i, block[i]);
+    }
+  }
+};
+
+// From one or two arrays of one mask.
+template <typename U, int kArrays>
+struct GatherVisitor {
+  U* destination[kArrays];
+  const U* destination_end[kArrays];
+  const U* source[kArrays];
+  FewEntries waiting;
+  void finish() {
+    for (int a = 0; a < kArrays; ++a) {
+      const U* from = source[a] + waiting.position;
+      for (int i = 0; i < waiting.count; ++i) *destination[a]++ = from[waiting.entries[i]];
+    }
+    waiting.count = 0;
+  }
+  void run(int64_t position, int64_t length) {
+    finish();
+    for (int a = 0; a < kArrays; ++a) {
+      copy_run(destination[a], source[a] + position, length);
+      destination[a] += length;
+    }
+  }
+  void word(int64_t position, uint64_t selected) {
+    finish();
+    for (int a = 0; a < kArrays; ++a) {
+      prefetch_ahead(source[a] + position);
+      destination[a] = Words<U>::compress(destination[a], destination_end[a], source[a] + position, selected);
+    }
+  }
+  void tail(int64_t position, uint64_t selected, int64_t) {
+    finish();
+    for (int a = 0; a < kArrays; ++a) {
+      destination[a] = ScalarWords<U>::compress_bits(destination[a], source[a] + position, selected);
+    }
+  }
+  void few(int64_t position, const uint64_t* block, int count) {
+    FewEntries next;
+    collect_few<U, kArrays>(&next, position, block, count, source);
+    finish();
+    waiting = next;
+  }
+};
+
+template <typename U>
+struct ScatterVisitor {
+  U* destination;
+  const U* source;
+  const U* source_end;
+  FewEntries waiting;
+  void finish() {
+    U* to = destination + waiting.position;
+    for (int i = 0; i < waiting.count; ++i) to[waiting.entries[i]] = *source++;
+    waiting.count = 0;
+  }
+  void run(int64_t position, int64_t length) {
+    finish();
+    copy_run(destination + position, source, length);
+    source += length;
+  }
+  void word(int64_t position, uint64_t selected) {
+    finish();
+    prefetch_ahead(destination + position);
+    source = Words<U>::expand(destination + position, source, source_end, selected);
+  }
+  void tail(int64_t position, uint64_t selected, int64_t) {
+    finish();
+    source = ScalarWords<U>::expand_bits(destination + position, source, selected);
+  }
+  void few(int64_t position, const uint64_t* block, int count) {
+    FewEntries next;
+    const U* const arrays[1] = {destination};
+    collect_few<U, 1>(&next, position, block, count, arrays);
+    finish();
+    waiting = next;
+  }
+};
+
+template <typename U>
+struct CopyVisitor {
+  U* destination;
+  const U* source;
+  void run(int64_t position, int64_t length) { copy_run(destination + position, source + position, length); }
+  void word(int64_t position, uint64_t selected) {
+    Words<U>::copy(destination + position, source + position, selected);
+  }
+  void tail(int64_t position, uint64_t selected, int64_t) {
+    ScalarWords<U>::copy_bits(destination + position, source + position, selected);
+  }
+  void few(int64_t position, const uint64_t* block, int count) {
+    U nowhere;
+    visit_few(
+        position, block, count,
+        [&](int64_t entry, bool any) { *(any ? destination + entry : &nowhere) = source[entry]; },
+        [&](int64_t at, uint64_t more) { ScalarWords<U>::copy_bits(destination + at, source + at, more); });
+  }
+};
+
+int64_t count_frozen(const MaskView& mask, int64_t begin, int64_t end) {
+  return begin < end ? end - begin - count_trainable(mask, begin, end) : 0;
+}
+
+template <typename U>
+void zero_frozen(void* data, const MaskView& mask, int64_t begin, int64_t end, Residence residence) {
+  // Writing past the cache saves reading the lines first, but mixed with ordinary stores to neighbouring lines short
+  // pieces of it are several times slower than no such writes at all (measured at 99 % random).
+  constexpr int64_t kNever = int64_t{1} << 62;
+  const bool in_memory = residence == Residence::kMemory;
+  const int64_t least_bytes = mask.layout.inner >= 64 ? 256 : 4096;
+  ZeroVisitor<U> visitor{static_cast<U*>(data), in_memory ? least_bytes / static_cast<int64_t>(sizeof(U)) : kNever};
+  walk<false>(mask, begin, end, visitor);
+  if (in_memory) stream_fence();
+}
+
+template <typename U>
+void copy_and_zero_frozen(void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
+  CopyAndZeroVisitor<U> visitor{static_cast<U*>(destination), static_cast<const U*>(source)};
+  walk<false>(mask, begin, end, visitor);
+  visitor.copy_until(end - begin);
+}
+
+int64_t count_ones(const uint8_t* bits, int64_t begin, int64_t end) {
+  return begin < end ? count_words(PlainBits({bits, {1, end, 1}}, begin), end - begin) : 0;
+}
+
+template <typename U, bool kTrainable>
+void gather(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
+  U* const first = static_cast<U*>(destination);
+  GatherVisitor<U, 1> visitor{{first}, {first + count}, {static_cast<const U*>(source)}, {}};
+  walk<kTrainable>(mask, begin, end, visitor);
+  visitor.finish();
+}
+
+template <typename U>
+void gather_two(void* const destinations[2], int64_t count, const void* const sources[2], const MaskView& mask,
+                int64_t begin, int64_t end) {
+  U* const first = static_cast<U*>(destinations[0]);
+  U* const second = static_cast<U*>(destinations[1]);
+  GatherVisitor<U, 2> visitor{{first, second},
+                              {first + count, second + count},
+                              {static_cast<const U*>(sources[0]), static_cast<const U*>(sources[1])},
+                              {}};
+  walk<true>(mask, begin, end, visitor);
+  visitor.finish();
+}
+
+template <typename U, bool kTrainable>
+void scatter(void* destination, const void* source, int64_t count, const MaskView& mask, int64_t begin, int64_t end) {
+  const U* const first = static_cast<const U*>(source);
+  ScatterVisitor<U> visitor{static_cast<U*>(destination), first, first + count, {}};
+  walk<kTrainable>(mask, begin, end, visitor);
+  visitor.finish();
+}
+
+template <typename U, bool kTrainable>
+void copy_selected(void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
+  CopyVisitor<U> visitor{static_cast<U*>(destination), static_cast<const U*>(source)};
+  walk<kTrainable>(mask, begin, end, visitor);
+}
+
+}  // namespace
+}  // namespace freezeops
+
+#define FREEZEOPS_DEFINE_KERNEL_TABLE(NAME, ISA)                                                        \
+  const KernelTable NAME = {                                                                            \
+      ISA,                                                                                              \
+      count_frozen,                                                                                     \
+      {zero_frozen<uint16_t>, zero_frozen<uint32_t>, zero_frozen<uint64_t>},                            \
+      {copy_and_zero_frozen<uint16_t>, copy_and_zero_frozen<uint32_t>, copy_and_zero_frozen<uint64_t>}, \
+      count_ones,                                                                                       \
+      {gather<uint16_t, false>, gather<uint32_t, false>, gather<uint64_t, false>},                      \
+      {gather<uint16_t, true>, gather<uint32_t, true>, gather<uint64_t, true>},                         \
+      {gather_two<uint16_t>, gather_two<uint32_t>, gather_two<uint64_t>},                               \
+      {scatter<uint16_t, false>, scatter<uint32_t, false>, scatter<uint64_t, false>},                   \
+      {scatter<uint16_t, true>, scatter<uint32_t, true>, scatter<uint64_t, true>},                      \
+      {copy_selected<uint16_t, false>, copy_selected<uint32_t, false>, copy_selected<uint64_t, false>}, \
+      {copy_selected<uint16_t, true>, copy_selected<uint32_t, true>, copy_selected<uint64_t, true>},    \
+  }
+
+#endif  // FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_

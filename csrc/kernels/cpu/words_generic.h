@@ -1,0 +1,35 @@
+// What the kernels do with a word of 64 entries on any processor.
+
+#ifndef FREEZEOPS_KERNELS_CPU_WORDS_GENERIC_H_
+#define FREEZEOPS_KERNELS_CPU_WORDS_GENERIC_H_
+
+#include "kernels/cpu/words_scalar.h"
+
+namespace freezeops {
+namespace {
+
+template <typename U>
+struct Words : ScalarWords<U> {
+  static void zero(U* data, uint64_t selected) {
+    if (count_bits(selected) <= kFewBits) {
+      ScalarWords<U>::zero_bits(data, selected);
+    } else {
+      ScalarWords<U>::zero(data, selected);
+    }
+  }
+  static void copy(U* destination, const U* source, uint64_t selected) {
+    if (count_bits(selected) <= kFewBits) {
+      ScalarWords<U>::copy_bits(destination, source, selected);
+    } else {
+      ScalarWords<U>::copy(destination, source, selected);
+    }
+  }
+};
+
+FREEZEOPS_INLINE void stream_zero(void* data, int64_t bytes) { __builtin_memset(data, 0, bytes); }
+FREEZEOPS_INLINE void stream_fence() {}
+
+}  // namespace
+}  // namespace freezeops
+
+#endif  // FREEZEOPS_KERNELS_CPU_WORDS_GENERIC_H_

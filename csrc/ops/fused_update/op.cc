@@ -1,0 +1,90 @@
+// Definition of FusedUpdate: the step of an optimizer in one pass.
+
+#include "tensorflow/core/framework/op.h"
+
+#include <vector>
+
+#include "ops/common/shape_checks.h"
+#include "ops/fused_update/attributes.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace freezeops {
+namespace {
+
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+absl::Status FusedUpdateShape(InferenceContext* c) {
+  FusedAttributes attributes;
+  TF_RETURN_IF_ERROR(GetFusedAttributes(c, &attributes));
+  const std::vector<int> sparse = attributes.NumberIn(attributes.sparse);
+  for (int i = 0; i < attributes.count(); ++i) {
+    const int variable = attributes.variable(i);
+    const ShapeHandle gradient = c->input(attributes.gradient(i));
+    TF_RETURN_IF_ERROR(sparse[i] < 0 ? CheckGradientOf(c, variable, gradient) : CheckSlicesOf(c, variable, gradient));
+  }
+  ShapeHandle scalars, scales;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(attributes.scalars()), 1, &scalars));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(attributes.scales()), 1, &scales));
+  tensorflow::shape_inference::DimensionHandle unused;
+  TF_RETURN_IF_ERROR(c->WithValue(c->Dim(scalars, 0), attributes.rule->scalars, &unused));
+  return c->WithValue(c->Dim(scales, 0), FusedAttributes::Size(attributes.seed_slots), &unused);
+}
+
+}  // namespace
+
+REGISTER_OP("Freezeops>FusedUpdate")
+    .Input("variables: N * resource")
+    .Input("gradients: N * T")
+    .Input("rows: S * int64")
+    .Input("slots: M * resource")
+    .Input("masks: K * resource")
+    .Input("offsets: C * resource")
+    .Input("indices: C * resource")
+    .Input("unseeded: U * resource")
+    .Input("scalars: T")
+    .Input("scales: double")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("N: int >= 1")
+    .Attr("S: int >= 0")
+    .Attr("M: int >= 0")
+    .Attr("K: int >= 0")
+    .Attr("C: int >= 0")
+    .Attr("U: int >= 0")
+    .Attr("rule: string")
+    .Attr("layouts: list(int)")
+    .Attr("decays: list(bool)")
+    .Attr("sparse: list(int)")
+    .Attr("masked: list(int)")
+    .Attr("seeded: list(int)")
+    .Attr("seed_slots: list(int)")
+    .Attr("seed_powers: list(int)")
+    .Attr("compact: bool")
+    .SetIsStateful()
+    .SetShapeFn(FusedUpdateShape)
+    .Doc(R"doc(
+One step of an optimizer for several variables: in one pass over each, its trainable entries and their slots are updated,
+and no other entry is written.
+
+variables: The model's variables.
+gradients: One for each, dense, or the values of an IndexedSlices.
+rows: For those in `sparse` the rows that the values are of. Repeated rows add up, their squares by themselves; rows that
+  are not named have a gradient of zero.
+slots: Those of the rule, variable after variable; in full state of the variable's size, in compact state with one entry
+  for each trainable one (and room for more).
+masks: For those in `masked` the uint8 variables of packed masks; of the other variables every entry is trainable.
+offsets: With compact state: int64 variables of rank offsets, as for GatherTrainable.
+indices: With compact state: integer variables of the ones' positions, as for GatherTrainable.
+unseeded: For those in `seeded` uint8 variables of one bit for each entry of a slot, as for SeedSlots.
+scalars: What a step multiplies with and adds, of the rule; see csrc/kernels/common/update_rules.h.
+scales: One for each of `seed_slots`, as for SeedSlots.
+rule: Its name in csrc/kernels/common/update_rules.h.
+layouts: [outer, kept, inner] of each variable, one after the other; [1, 1, n] without a mask.
+decays: Which variables' weights decay.
+sparse, masked, seeded: Positions of variables, ascending.
+seed_slots: Which slots of each variable are seeded, in the order of SeedSlots.
+seed_powers: 1 or 2 for each of those.
+compact: Whether the slots are those of compact state.
+)doc");
+
+}  // namespace freezeops

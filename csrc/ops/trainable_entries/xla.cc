@@ -1,0 +1,228 @@
+// XLA kernels of GatherTrainable, ReadTrainable, TakeTrainable, ScatterTrainable and RankTrainable.
+
+#include <algorithm>
+#include <vector>
+
+#include "ops/common/op_checks.h"
+#include "ops/common/tf_compat.h"
+#include "ops/common/xla_compat.h"
+#include "ops/common/xla_helpers.h"
+#include "ops/trainable_entries/xla_calls.h"
+#include "tensorflow/core/framework/op_kernel.h"
+
+namespace freezeops {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::TensorShape;
+using ::tensorflow::XlaOpKernel;
+using ::tensorflow::XlaOpKernelContext;
+using ::xla::XlaOp;
+
+// Compact state. On the CPU the native kernels are called; elsewhere entries are found by their indices. An index that
+// is out of range stands for none: what is gathered there is zero, and nothing is scattered.
+class CompactXlaOp : public XlaOpKernel {
+ public:
+  explicit CompactXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
+    OP_REQUIRES_OK(ctx, CheckDoesNotRepeat(layout_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+    native_ = kHaveXlaCalls && ctx->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
+  }
+
+ protected:
+  // Inputs `first` and on are the mask, its offsets and the indices.
+  absl::Status CheckTrainable(XlaOpKernelContext* ctx, int first) {
+    TensorShape mask_shape, offsets_shape, indices_shape;
+    TF_RETURN_IF_ERROR(GetShape(ctx, first, &mask_shape));
+    TF_RETURN_IF_ERROR(CheckMask(mask_shape, layout_));
+    TF_RETURN_IF_ERROR(GetShape(ctx, first + 1, &offsets_shape));
+    TF_RETURN_IF_ERROR(CheckOffsets(offsets_shape, layout_.kept));
+    TF_RETURN_IF_ERROR(GetShape(ctx, first + 2, &indices_shape));
+    TF_RETURN_IF_ERROR(CheckIndices(ctx->input_type(first + 2), indices_shape, layout_, &size_));
+    capacity_ = indices_shape.dim_size(0);
+    return absl::OkStatus();
+  }
+
+  std::vector<int64_t> Dims(int64_t count) const { return DimsOf(count, layout_.inner); }
+
+  // Sets one output for each source. Inputs `first` and on are as for CheckTrainable, which was called.
+  absl::Status Gather(XlaOpKernelContext* ctx, const std::vector<XlaOp>& sources, int first) {
+    xla::PrimitiveType type;
+    TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    const bool empty = size_ == 0 || layout_.kept == 0;
+    std::vector<XlaOp> compact;
+    if (native_ && !empty) {
+      const xla::Shape shape = xla::ShapeUtil::MakeShape(type, Dims(capacity_));
+      std::vector<XlaOp> operands = {ctx->Input(first), ctx->Input(first + 1), ctx->Input(first + 2)};
+      for (const XlaOp& source : sources) operands.push_back(xla::Reshape(source, Dims(layout_.kept)));
+      const bool both = sources.size() == 2;
+      const XlaOp gathered =
+          xla::CustomCall(ctx->builder(), both ? kGatherTwoCall : kGatherCall, operands,
+                          both ? xla::ShapeUtil::MakeTupleShape({shape, shape}) : shape, "",
+                          /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+                          xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+      for (size_t i = 0; i < sources.size(); ++i) {
+        compact.push_back(both ? xla::GetTupleElement(gathered, static_cast<int64_t>(i)) : gathered);
+      }
+    }
+    for (size_t i = 0; i < sources.size(); ++i) {
+      if (empty) {
+        compact.push_back(xla::Broadcast(xla::Zero(ctx->builder(), type), {size_}));
+      } else if (!native_) {
+        compact.push_back(GatherOne(ctx, sources[i], ctx->Input(first + 2), type));
+      }
+      ctx->SetOutput(static_cast<int>(i), xla::Reshape(compact[i], {size_}));
+    }
+    return absl::OkStatus();
+  }
+
+  XlaOp GatherOne(XlaOpKernelContext* ctx, XlaOp source, XlaOp indices, xla::PrimitiveType type) const {
+    const xla::PrimitiveType integers = IntegersFor(dtype_);
+    const XlaOp gathered = GatherRows(xla::BitcastConvertType(source, integers), indices, layout_);
+    const XlaOp valid = xla::ConvertElementType(xla::Lt(indices, xla::ScalarLike(indices, layout_.kept)), integers);
+    const XlaOp all = xla::BroadcastInDim(xla::Sub(xla::Zero(ctx->builder(), integers), valid), Dims(capacity_), {0});
+    return xla::BitcastConvertType(xla::And(all, gathered), type);
+  }
+
+  MaskLayout layout_;
+  DataType dtype_;
+  int64_t capacity_ = 0;
+  int64_t size_ = 0;     // of what is compact
+  bool native_ = false;  // by a call of the native kernels
+};
+
+class GatherTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &shape));
+    OP_REQUIRES_OK(ctx, CheckEntries("source", shape, layout_));
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {ctx->Input(0)}, 1));
+  }
+};
+
+class ReadTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {value}, 1));
+  }
+};
+
+class TakeTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape, gradient_shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 2));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &gradient_shape));
+    OP_REQUIRES_OK(ctx, CheckSameShape("gradient", gradient_shape, "variable", shape));
+    OP_REQUIRES_OK(ctx, Gather(ctx, {ctx->Input(1), value}, 2));
+  }
+};
+
+class ScatterTrainableXlaOp : public CompactXlaOp {
+ public:
+  using CompactXlaOp::CompactXlaOp;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape shape, compact_shape;
+    XlaOp value;
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 2));
+    OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
+    OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &compact_shape));
+    OP_REQUIRES_OK(ctx, CheckCompact(compact_shape, size_));
+    if (compact_shape.num_elements() == 0 || entries(layout_) == 0) return;
+    xla::PrimitiveType type;
+    OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    if (native_) {
+      const xla::ShapeIndex whole({});
+      const std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place = {
+          {whole, {0, whole}}};
+      const XlaOp written = xla::CustomCall(
+          ctx->builder(), kScatterCall,
+          {xla::Reshape(value, Dims(layout_.kept)), ctx->Input(2), ctx->Input(3), ctx->Input(4),
+           xla::Reshape(ctx->Input(1), Dims(capacity_))},
+          xla::ShapeUtil::MakeShape(type, Dims(layout_.kept)), "", /*has_side_effect=*/false, in_place, nullptr,
+          xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+      OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
+      return;
+    }
+    const XlaOp written = ScatterRows(value, ctx->Input(4), ctx->Input(1), layout_, capacity_, dtype_, type);
+    OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
+  }
+};
+
+// A binary search in the indices. A bit that is out of range cannot be reported from here: its rank is the capacity,
+// where XLA scatters nothing, so that what takes the rank drops it.
+class RankTrainableXlaOp : public XlaOpKernel {
+ public:
+  explicit RankTrainableXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, GetKept(ctx, &kept_));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    TensorShape bits_shape, mask_shape, offsets_shape, indices_shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &bits_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &offsets_shape));
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 3, &indices_shape));
+    const MaskLayout layout{1, kept_, 1};
+    int64_t capacity = 0;
+    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout));
+    OP_REQUIRES_OK(ctx, CheckOffsets(offsets_shape, kept_));
+    OP_REQUIRES_OK(ctx, CheckIndices(ctx->input_type(3), indices_shape, layout, &capacity));
+    const int64_t count = bits_shape.num_elements();
+    const XlaOp indices = ctx->Input(3);
+    const xla::PrimitiveType integer = ctx->input_xla_type(3);
+    const auto constant = [&](int64_t value) { return xla::ConstantR0WithType(ctx->builder(), integer, value); };
+    xla::GatherDimensionNumbers numbers;
+    numbers.add_collapsed_slice_dims(0);
+    numbers.add_start_index_map(0);
+    numbers.set_index_vector_dim(1);
+    const XlaOp given = xla::Reshape(ctx->Input(0), {count});
+    const XlaOp bits = xla::ConvertElementType(given, integer);
+    XlaOp rank = xla::Broadcast(constant(0), {count});
+    int64_t step = 1;
+    while (step * 2 <= capacity) step *= 2;
+    for (; step > 0 && capacity > 0; step /= 2) {
+      const XlaOp next = xla::Add(rank, constant(step));
+      const XlaOp before = xla::Lt(xla::Gather(indices, xla::Sub(next, constant(1)), numbers, {1}), bits);
+      rank = xla::Select(xla::And(xla::Le(next, constant(capacity)), before), next, rank);
+    }
+    rank = xla::Clamp(constant(0), rank, constant(std::max<int64_t>(capacity - 1, 0)));
+    const XlaOp in_range =
+        xla::And(xla::Ge(given, xla::ScalarLike(given, 0)), xla::Lt(given, xla::ScalarLike(given, kept_)));
+    const XlaOp none = xla::Broadcast(xla::ScalarLike(given, capacity), {count});
+    const XlaOp ranks = xla::Select(in_range, xla::ConvertElementType(rank, xla::S64), none);
+    ctx->SetOutput(0, xla::Reshape(ranks, bits_shape.dim_sizes()));
+  }
+
+ private:
+  int64_t kept_ = 0;
+};
+
+FREEZEOPS_REGISTER_XLA("Freezeops>GatherTrainable", GatherTrainableXlaOp);
+FREEZEOPS_REGISTER_XLA("Freezeops>ReadTrainable", ReadTrainableXlaOp);
+FREEZEOPS_REGISTER_XLA("Freezeops>TakeTrainable", TakeTrainableXlaOp);
+FREEZEOPS_REGISTER_XLA("Freezeops>ScatterTrainable", ScatterTrainableXlaOp);
+FREEZEOPS_REGISTER_XLA("Freezeops>RankTrainable", RankTrainableXlaOp);
+
+}  // namespace
+}  // namespace freezeops
