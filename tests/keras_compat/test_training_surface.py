@@ -258,7 +258,10 @@ class OwnTrainStep(Subclassed):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("make", [pytest.param(body_and_head, id="dense_model"), functional_model, Subclassed, OwnTrainStep])
+MODELS = [pytest.param(body_and_head, id="dense_model"), functional_model, Subclassed, OwnTrainStep]
+
+
+@pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("head_trainable", [True, False])
 def test_kinds_of_models(make, head_trainable):
     model = make()
