@@ -45,8 +45,7 @@ def test_a_reused_optimizer():
     another = make_model()
     other_names = make_model(("c", "d"))
     same_paths = make_model()
-    paths = [report.path for report in optimizer.describe()]
-    for variable, path in zip(same_paths.trainable_variables, paths, strict=True):
+    for variable, path in zip(same_paths.trainable_variables, optimizer.masks_by_path(), strict=True):
         variable._path = path
     for model, why in ((another, "which is another model's"), (other_names, "which is another model's")):
         for call in (

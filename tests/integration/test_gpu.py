@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import MODES, SETUPS, assert_same_bits, in_mode, mask_variables
-from test_fused import FUSED, RULES, assert_same_state, variables_of
+from common import FUSED, MODES, SETUPS, assert_same_bits, in_mode, mask_variables
+from fused_variables import RULES, assert_same_state, variables_of
 
 import freezeops as fz
 from freezeops import ops

@@ -13,9 +13,9 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "gpu")]
 
-import cpu_library
-from arrays import HostArrays
-from under_test import Kernels
+import cpu_library  # noqa: E402
+from arrays import HostArrays  # noqa: E402
+from under_test import Kernels  # noqa: E402
 
 
 class ExactArray:

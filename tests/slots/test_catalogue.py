@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import FUSED, MIXING, OPTIONS, SETUPS, optimizer_classes
-from test_fused import RULES
+from fused_variables import RULES
 
 import freezeops as fz
 from freezeops.ops import reference_updates
