@@ -39,7 +39,11 @@ SANITIZED_CPU = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allo
 FUZZED = $(SANITIZED_CPU) $(PY)
 KERNELS_BUILD = cmake -S . -G Ninja -DFREEZEOPS_KERNELS_ONLY=ON -DFREEZEOPS_WERROR=ON
 
+<<<<<<< .merge_file_EP9eBW
 .PHONY: all setup demo test test-keras test-gpu sanitize fuzz fuzz-build fuzz-mutants sanitize-cpu lint format bench bench-gpu clean
+=======
+.PHONY: all setup demo test test-gpu sanitize fuzz fuzz-build fuzz-mutants sanitize-cpu lint tidy tidy-ops format bench bench-gpu clean
+>>>>>>> .merge_file_Orshcm
 
 all: setup
 setup: $(STAMP)
@@ -107,11 +111,29 @@ sanitize-cpu: $(if $(KERNELS_PYTHON),,$(STAMP))
 	FREEZEOPS_KERNELS_LIBRARY=build/kernels-address/libkernels_c_api.so FREEZEOPS_TEST_EXAMPLES=25 \
 		$(SANITIZED_CPU) $(or $(KERNELS_PYTHON),$(PY)) -m pytest -q -p no:cacheprovider --confcutdir=tests/kernels tests/kernels
 
-lint: $(STAMP)
+lint: $(STAMP) tidy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 	$(PY) -m mypy
+
+# clang-tidy (.clang-tidy): the kernels, their tests and the host module. `tidy-ops`: what includes TensorFlow's headers,
+# which takes minutes. CLANG_TIDY and TIDY_PYTHON (with pybind11): others than those of .venv.
+CLANG_TIDY ?= $(VENV)/bin/clang-tidy
+TIDY_PYTHON ?= $(PY)
+TIDY_STAMP := $(if $(filter $(PY),$(TIDY_PYTHON)),$(STAMP))
+
+tidy: $(TIDY_STAMP)
+	$(KERNELS_BUILD) -B build/tidy -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	$(CLANG_TIDY) --quiet -p build/tidy csrc/kernels/cpu/*.cc tests/kernels/cpu_c_api.cc
+	$(CLANG_TIDY) --quiet tests/gpu/kernels_c_api.cu -- -x c++ -std=c++17 -Icsrc
+	$(CLANG_TIDY) --quiet tests/kernels/threads.cc -- -std=c++17 -Icsrc
+	$(CLANG_TIDY) --quiet csrc/host/module.cc -- -std=c++17 -Icsrc $$($(TIDY_PYTHON) -m pybind11 --includes)
+
+tidy-ops: $(TIDY_STAMP)
+	cmake -S . -B build/tidy-ops -G Ninja -DPython_EXECUTABLE=$(abspath $(TIDY_PYTHON)) -DFREEZEOPS_CUDA=OFF \
+		-DFREEZEOPS_SANITIZE=address -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	$(CLANG_TIDY) --quiet -p build/tidy-ops $(filter-out %/gpu.cc,$(wildcard csrc/ops/*/*.cc))
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

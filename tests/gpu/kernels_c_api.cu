@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels/cuda/compact.cu"
@@ -113,7 +114,7 @@ EXPORT int fz_fused_update(int type, const char* name, const void* scalars, cons
   }
   std::vector<cuda::FusedVariable> placed(variables, variables + count);
   for (int64_t i = 0; i < count; ++i) {
-    memset(placed[i].slots, 0, sizeof(placed[i].slots));
+    std::fill_n(placed[i].slots, freezeops::kMostSlots, nullptr);
     for (int j = 0; j < rule->slots; ++j) placed[i].slots[rule->slot_positions[j]] = variables[i].slots[j];
   }
   return cuda::fused_update(static_cast<freezeops::Float>(type), step, placed.data(), count, stream);

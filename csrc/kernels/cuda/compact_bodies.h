@@ -63,16 +63,7 @@ struct CompactByBits {
       if (some == 0) continue;
       constexpr int64_t kEntries = 32 * kWordsAtOnce;
       if (all == ~uint32_t{0} && rank >= 0 && rank + kEntries <= capacity) {
-        FREEZEOPS_UNROLL
-        for (int a = 0; a < kArrays; ++a) {
-          U* const compact = arrays.compact[a] + rank;
-          U* const whole = arrays.whole[a] + at;
-          if (kScatter) {
-            copy_range(lane, whole, compact, kEntries);
-          } else {
-            copy_range(lane, compact, whole, kEntries);
-          }
-        }
+        move_range(lane, at, rank, kEntries);
         rank += kEntries;
         continue;
       }
@@ -85,22 +76,41 @@ struct CompactByBits {
         places[i] = moved ? place : -1;
         rank += ones_in(words[i]);
       }
+      move_entries(at + lane, places);
+    }
+  }
+
+  // Moves `count` consecutive entries, all trainable, from or to the places from `rank` on.
+  FREEZEOPS_METHOD void move_range(int lane, int64_t at, int64_t rank, int64_t count) const {
+    FREEZEOPS_UNROLL
+    for (int a = 0; a < kArrays; ++a) {
+      U* const compact = arrays.compact[a] + rank;
+      U* const whole = arrays.whole[a] + at;
+      if (kScatter) {
+        copy_range(lane, whole, compact, count);
+      } else {
+        copy_range(lane, compact, whole, count);
+      }
+    }
+  }
+
+  // Moves the lane's entries, 32 apart from `at` on, from or to their places.
+  FREEZEOPS_METHOD void move_entries(int64_t at, const int64_t* places) const {
+    FREEZEOPS_UNROLL
+    for (int a = 0; a < kArrays; ++a) {
+      U* const whole = arrays.whole[a] + at;
+      U values[kWordsAtOnce];
       FREEZEOPS_UNROLL
-      for (int a = 0; a < kArrays; ++a) {
-        U* const whole = arrays.whole[a] + at + lane;
-        U values[kWordsAtOnce];
-        FREEZEOPS_UNROLL
-        for (int i = 0; i < kWordsAtOnce; ++i) {
-          if (places[i] >= 0) values[i] = kScatter ? arrays.compact[a][places[i]] : whole[32 * i];
-        }
-        FREEZEOPS_UNROLL
-        for (int i = 0; i < kWordsAtOnce; ++i) {
-          if (places[i] < 0) continue;
-          if (kScatter) {
-            whole[32 * i] = values[i];
-          } else {
-            arrays.compact[a][places[i]] = values[i];
-          }
+      for (int i = 0; i < kWordsAtOnce; ++i) {
+        if (places[i] >= 0) values[i] = kScatter ? arrays.compact[a][places[i]] : whole[32 * i];
+      }
+      FREEZEOPS_UNROLL
+      for (int i = 0; i < kWordsAtOnce; ++i) {
+        if (places[i] < 0) continue;
+        if (kScatter) {
+          whole[32 * i] = values[i];
+        } else {
+          arrays.compact[a][places[i]] = values[i];
         }
       }
     }
