@@ -39,11 +39,8 @@ SANITIZED_CPU = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allo
 FUZZED = $(SANITIZED_CPU) $(PY)
 KERNELS_BUILD = cmake -S . -G Ninja -DFREEZEOPS_KERNELS_ONLY=ON -DFREEZEOPS_WERROR=ON
 
-<<<<<<< .merge_file_EP9eBW
-.PHONY: all setup demo test test-keras test-gpu sanitize fuzz fuzz-build fuzz-mutants sanitize-cpu lint format bench bench-gpu clean
-=======
-.PHONY: all setup demo test test-gpu sanitize fuzz fuzz-build fuzz-mutants sanitize-cpu lint tidy tidy-ops format bench bench-gpu clean
->>>>>>> .merge_file_Orshcm
+.PHONY: all setup demo test test-keras test-gpu sanitize fuzz fuzz-build fuzz-mutants sanitize-cpu lint tidy tidy-ops format \
+	bench bench-gpu clean
 
 all: setup
 setup: $(STAMP)

@@ -126,3 +126,11 @@ def optimizer_classes() -> Iterator[str]:
 def mask_variables(optimizer):
     """The variables of an optimizer's masks, as TensorFlow tracks them for a SavedModel, by a key."""
     return optimizer._trackable_children("savedmodel")["_masks"]._trackable_children("savedmodel")
+
+
+def waiting_mask(optimizer, shape):
+    """The entries of the first variable, in full state, that wait to be seeded."""
+    import freezeops as fz
+
+    size = int(np.prod(shape))
+    return fz.Mask(shape, (1, size, 1), mask_variables(optimizer)["unseeded 0"].numpy())
