@@ -1,5 +1,6 @@
 """`python -m freezeops`: the versions, libraries and ops in use here, with reasons."""
 
+import importlib.util
 import os
 import sys
 
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from freezeops import ops
+from freezeops.keras_compat import contract
+from freezeops.keras_compat.tf_keras_contract import TF_KERAS
 from freezeops.ops import gpu_check, native
 
 
@@ -44,6 +47,19 @@ def _cuda_rows(diagnosis: native.Diagnosis) -> list[tuple[str, str]]:
     ]
 
 
+def _contract_table() -> Table:
+    """Returns what there is to say of Keras and TensorFlow: the versions, and what is off with them."""
+    table = _table("What freezeops uses of their insides", "package", "installed", "known to work", "verdict")
+    contracts = [contract.TENSORFLOW, contract.KERAS]
+    if importlib.util.find_spec("tf_keras") is not None:
+        contracts.append(TF_KERAS)
+    for each in contracts:
+        required = [f"freezeops cannot work: {problem}" for need, problem in each.broken() if need.without is None]
+        verdict = "; ".join([*required, *(f"off: {note}" for note in each.notes())]) or "all is there"
+        table.add_row(each.package, each.version(), " to ".join(each.tested), verdict)
+    return table
+
+
 def main() -> int:
     """Prints the diagnosis. Returns the exit status."""
     console = Console()
@@ -74,6 +90,8 @@ def main() -> int:
         settings.add_row(*row)
     settings.add_row("host module", diagnosis.host)
     console.print(settings)
+
+    console.print(_contract_table())
 
     paths = _table("Ops", "op", "path")
     for op, path in ops.paths().items():

@@ -13,6 +13,8 @@ import tensorflow as tf
 
 from freezeops.keras_compat.tracking import Ignored, Tracked, checkpoint_being_restored
 from freezeops.keras_compat.variables import Variable, tf_variable
+from freezeops.registry.registry import MaskRegistry
+from freezeops.registry.rules import Loaded
 from freezeops.storage.stored import Stored
 from freezeops.storage.stored_mask import RawMask
 
@@ -120,3 +122,33 @@ def old_masks(variables: Mapping[str, Any], reader: Any) -> Iterator[RawMask]:
         path = variables[name].full_name.rpartition("/")[2].removesuffix("_mask")
         waiting = f"unseeded {name}"
         yield RawMask(path, bits(name), bits(waiting) if waiting in variables else None, slashes=False)
+
+
+def restore(registry: MaskRegistry, stored: Stored) -> None:
+    """Takes masks from a checkpoint, before TensorFlow restores the slots.
+
+    Args:
+        registry: The masks of the optimizer.
+        stored: What the checkpoint holds.
+
+    Raises:
+        ValueError: If they do not fit. Nothing has changed then.
+    """
+    if registry.built:
+        found = registry.find_stored(Loaded(stored), registry.index).masks
+        for position, mask in found.items():
+            partition = registry.managed[position].partition
+            config = partition.describe().config
+            here = config if partition.mode == "compact" else {}
+            if mask.mask is not None and mask.way and (mask.way == "compact" or here):
+                there: dict[str, Any] = {"way": mask.way, "layout": list(mask.mask.layout)}
+                if mask.way == "compact":
+                    there["capacity"] = mask.capacity
+                if there != here:
+                    raise ValueError(
+                        "A checkpoint of compact state must be restored into an optimizer with the same layout "
+                        f"and room for each variable. Received: {there} for {partition.path!r}, which is "
+                        f"{config}. Restore it before the optimizer is built, which then takes "
+                        "both from the checkpoint, or load a `.weights.h5` file, whose slots are converted"
+                    )
+    registry.take_stored(stored)

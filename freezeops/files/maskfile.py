@@ -14,7 +14,7 @@ from freezeops.files import mask_sources
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.registry.masking import masked_optimizer
+from freezeops.registry.methods import masked_optimizer
 from freezeops.storage import checkedfile
 from freezeops.storage.stored import Stored
 from freezeops.storage.stored_mask import BIT_ORDER, POLARITY, StoredMask, take_mask
@@ -97,7 +97,7 @@ def load_masks(
     else:
         stored, layouts = mask_sources.read(path)
     stored, layouts = _renamed(stored, layouts, rename or {})
-    optimizer._register_stored(stored, layouts, strict=is_mask_file)
+    optimizer._registry.register_stored(stored, layouts, strict=is_mask_file)
 
 
 def _renamed(

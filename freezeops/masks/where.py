@@ -1,5 +1,6 @@
 """The `where` of `freeze`, `unfreeze` and `train_only`: entries of one variable, as a mask."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,37 @@ from freezeops.masks.checks import as_array, check_broadcast, check_indices, che
 from freezeops.masks.layout import Shape
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
+
+
+@dataclass(frozen=True)
+class Booleans:
+    """A boolean array of the user's, packed once; axes of length 1 broadcast, a scalar stands for all entries.
+
+    Attributes:
+        packed: The array as a mask of its own shape.
+    """
+
+    packed: Mask
+
+    @property
+    def array(self) -> np.ndarray:
+        """The array."""
+        return np.array(self.packed.to_numpy())
+
+    def as_mask(self, shape: Shape, name: str) -> Mask:
+        """Returns the array as a mask of a variable's shape.
+
+        Args:
+            shape: The variable's shape.
+            name: The argument's name, for the message.
+
+        Raises:
+            ValueError: If the array does not fit.
+        """
+        if self.packed.shape == tuple(shape):
+            return self.packed
+        check_broadcast(self.packed.shape, shape, name)
+        return Mask.from_array(self.array, shape)
 
 
 def named_entries(where: Any, shape: Shape) -> Mask:
@@ -38,6 +70,8 @@ def named_entries(where: Any, shape: Shape) -> Mask:
         )
     if where is None:
         return Mask.trainable(shape)
+    if isinstance(where, Booleans):
+        return where.as_mask(shape, "where")
     if where is Ellipsis or isinstance(where, slice | tuple):
         return _indexed(where if isinstance(where, tuple) else (where,), shape)
     array = as_array(where, "where")

@@ -15,7 +15,7 @@ from freezeops import backend
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops import gpu_check, native, reference, reference_updates
-from freezeops.ops.reference_updates import FusedVariable
+from freezeops.ops.reference_updates import FusedOperand
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
@@ -185,7 +185,7 @@ def seed_slots(
 
 def fused_update(
     rule: str,
-    variables: Sequence[FusedVariable],
+    operands: Sequence[FusedOperand],
     scalars: tf.Tensor,
     seed_slots: Sequence[int],
     seed_powers: Sequence[int],
@@ -194,17 +194,17 @@ def fused_update(
     """One step of an optimizer in one pass over each variable; see `reference_updates.fused_update`."""
     library = _library()
     if library is None:
-        reference_updates.fused_update(rule, variables, scalars, seed_slots, seed_powers, scales)
+        reference_updates.fused_update(rule, operands, scalars, seed_slots, seed_powers, scales)
         return
-    sparse = [i for i, one in enumerate(variables) if isinstance(one.gradient, tf.IndexedSlices)]
-    masks = {i: one.bits for i, one in enumerate(variables) if one.bits is not None}
-    seeded = {i: one.unseeded for i, one in enumerate(variables) if one.unseeded is not None and seed_slots}
-    ranks = [one.ranks for one in variables if one.ranks is not None]
+    sparse = [i for i, operand in enumerate(operands) if isinstance(operand.gradient, tf.IndexedSlices)]
+    masks = {i: operand.bits for i, operand in enumerate(operands) if operand.bits is not None}
+    seeded = {i: operand.unseeded for i, operand in enumerate(operands) if operand.unseeded is not None and seed_slots}
+    ranks = [operand.ranks for operand in operands if operand.ranks is not None]
     library.freezeops_fused_update(
-        variables=[one.variable.handle for one in variables],
-        gradients=[one.gradient.values if i in sparse else one.gradient for i, one in enumerate(variables)],
-        rows=[tf.cast(variables[i].gradient.indices, tf.int64) for i in sparse],
-        slots=[slot.handle for one in variables for slot in one.slots],
+        variables=[operand.variable.handle for operand in operands],
+        gradients=[operand.gradient.values if i in sparse else operand.gradient for i, operand in enumerate(operands)],
+        rows=[tf.cast(operands[i].gradient.indices, tf.int64) for i in sparse],
+        slots=[slot.handle for operand in operands for slot in operand.slots],
         masks=[bits.handle for bits in masks.values()],
         offsets=[offsets.handle for offsets, _ in ranks],
         indices=[indices.handle for _, indices in ranks],
@@ -212,8 +212,8 @@ def fused_update(
         scalars=scalars,
         scales=tf.stack(scales) if scales else tf.zeros([0], tf.float64),
         rule=rule,
-        layouts=[number for one in variables for number in one.layout],
-        decays=[one.decays for one in variables],
+        layouts=[number for operand in operands for number in operand.layout],
+        decays=[operand.decays for operand in operands],
         sparse=sparse,
         masked=list(masks),
         seeded=list(seeded),
