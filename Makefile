@@ -85,6 +85,7 @@ fuzz-threads: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/typos
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 	$(PY) -m mypy
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import freezeops_build  # noqa: E402
 
-DEPENDENCIES = ["keras>=3.12", "ml_dtypes", "numpy", "rich"]
+DEPENDENCIES = ["keras>=3.12", "numpy", "rich"]
 
 
 def version() -> str:
