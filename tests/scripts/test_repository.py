@@ -43,3 +43,12 @@ def test_workflows_call_what_there_is(workflow):
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), command
         else:
             assert (ROOT / program).exists(), command
+
+
+def test_contributing_names_files_that_there_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = {path for path in re.findall(r"`([\w./]+/[\w./]*)", text) if "<" not in path and "*" not in path}
+    paths -= {path for path in paths if path.startswith(("csrc/ops/", "optimizers/", ".venv/"))}
+    paths |= {path.replace("<op>", "mask_gradient") for path in re.findall(r"`(csrc/ops/<op>/\w+\.\w+)`", text)}
+    assert len(paths) > 20
+    assert not sorted(path for path in paths if not (ROOT / path).exists())
