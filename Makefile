@@ -111,6 +111,7 @@ sanitize-cpu: $(if $(KERNELS_PYTHON),,$(STAMP))
 lint: $(STAMP) tidy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/typos
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 	$(PY) -m mypy
 

@@ -14,7 +14,7 @@ import freezeops_build  # noqa: E402
 
 # The versions that the tests pass with. What a newer Keras lacks is found out as an optimizer is made.
 TESTED = runpy.run_path(str(ROOT / "freezeops" / "keras_compat" / "versions.py"))
-DEPENDENCIES = [f"keras>={TESTED['KERAS'][0]},<4", "ml_dtypes", "numpy", "rich"]
+DEPENDENCIES = [f"keras>={TESTED['KERAS'][0]},<4", "numpy", "rich"]
 
 
 def version() -> str:
