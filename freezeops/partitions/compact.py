@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.keras_compat.variables import Variable, components, replica_number, variable_path
+from freezeops.keras_compat.variables import FunctionConstraint, Variable, components, replica_number, variable_path
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout, elementwise
 from freezeops.masks.mask import Mask
@@ -274,7 +274,7 @@ class CompactPartition(MaskedPartition):
             self._constrained_with[replica_number()] = indices
         else:
             self._constrained_with.clear()
-        self._inner.constraint = self._constrained if constrained else None
+        self._inner.constraint = FunctionConstraint(self._constrained) if constrained else None
         self._inner.overwrite_with_gradient = bool(getattr(self.variable, "overwrite_with_gradient", False))
 
     def _constrained(self, inner: keras.Variable) -> tf.Tensor:
