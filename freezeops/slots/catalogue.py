@@ -69,7 +69,7 @@ class UpdateFormula:
     """How an optimizer updates one entry, so that a native kernel can do it.
 
     Attributes:
-        name: Its name in `csrc/kernels/fused_rules.h` and in `ops/reference_updates.py`.
+        name: Its name in `csrc/kernels/common/update_rules.h` and in `ops/reference_updates.py`.
         slots: Attributes of the optimizer that hold the slots, in the order given there.
         scalars: Function of an optimizer, its learning rate and the variables' dtype. It returns the
             factor of an update, then the further numbers of the formula, in the order given there.
@@ -154,8 +154,8 @@ def _nadam_scalars(optimizer: Any, rate: tf.Tensor, dtype: str) -> list[Any]:
     u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, step))
     next_u = beta_1 * (1.0 - 0.5 * keras.ops.power(decay, next_step))
     product = keras.ops.cast(momentum_product(optimizer), dtype)
-    corrections = [1 - product * next_u, 1 - u, 1 - product, 1 - keras.ops.power(beta_2, step)]
-    return [rate, 1 - beta_1, 1 - beta_2, optimizer.epsilon, next_u, *corrections]
+    averaging = [1 - product * next_u, 1 - u, 1 - product, 1 - keras.ops.power(beta_2, step)]
+    return [rate, 1 - beta_1, 1 - beta_2, optimizer.epsilon, next_u, *averaging]
 
 
 def _nadam_formula(optimizer: Any) -> UpdateFormula:

@@ -7,7 +7,7 @@ from freezeops.keras_compat.variables import numpy_of
 from freezeops.partitions.compact import CompactPartition, inner_shape
 from freezeops.partitions.compact_values import gather_values, scatter_values
 from freezeops.partitions.partition import MaskedPartition
-from freezeops.storage.stored import StoredMask
+from freezeops.storage.stored_mask import StoredMask
 
 
 def fitted_slot(

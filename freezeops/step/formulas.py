@@ -1,4 +1,4 @@
-"""Which optimizers a fused step can stand in for."""
+"""The fused formula of an optimizer at hand."""
 
 import keras
 

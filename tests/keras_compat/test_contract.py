@@ -149,7 +149,7 @@ def test_all_that_keras_compat_names_is_in_the_tables():
     modules = {path: tree for path, tree in trees().items() if COMPAT in path.parents}
     ours = set().union(*map(defined_names, modules.values()))
     # Attributes and keys that only freezeops sets, and what it calls of the classes that a mix-in is for.
-    ours = {name for name in ours if name not in NAMES} | {"_freezeops", "_freezeops_guard", "_state"}
+    ours = {name for name in ours if name not in NAMES} | {"_freezeops", "_freezeops_guard", "_registry"}
     ours |= {"_freezeops_bare", "_freezeops_waiting", "_freezeops_load", "_freezeops_updates"}
     ours |= {"_freezeops_before_updates", "_inner_optimizer", "_apply", "_handle"}
     for path, tree in modules.items():

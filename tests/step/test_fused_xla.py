@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import OPTIONS, assert_same_bits
-from test_fused import DTYPES, FUSED, RULES, options_for, passing_of, train, variables_of, with_gradient_of_rows
-from test_promise import check
+from common import FUSED, OPTIONS, assert_same_bits
+from fused_variables import DTYPES, RULES, passing_of, variables_of, with_gradient_of_rows
+from test_fused import options_for, train
+from training import check_promise
 
 from freezeops import ops
 from freezeops.masks import packing
@@ -235,7 +236,7 @@ def test_as_keras(setup, dtype, state, hlo):
     "setup", ["SGD momentum", "AdamW", "Adam amsgrad", "Nadam", "RMSprop momentum centered", "Lion"]
 )
 def test_the_promise(setup, option, hlo):
-    check(setup, OPTIONS[option], "jit", fused=True)
+    check_promise(setup, OPTIONS[option], "jit", fused=True)
 
 
 STEPS = """
