@@ -1,6 +1,6 @@
 """TensorFlow's variables behind Keras's: replicas, identities, shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -196,6 +196,21 @@ def device_of(variable: Variable) -> str:
 def dtype_name(variable: Variable) -> str:
     """Returns the dtype as text, such as `"float32"`."""
     return tf.as_dtype(variable.dtype).name
+
+
+class FunctionConstraint(keras.constraints.Constraint):
+    """A constraint that calls a function; Keras takes functions themselves from 3.15 on.
+
+    Args:
+        function: From a variable to the values that it is assigned.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __call__(self, w: Any) -> Any:
+        """Returns the function's values."""
+        return self.function(w)
 
 
 class Untracked:

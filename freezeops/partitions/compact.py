@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.keras_compat.variables import Variable, components, replica_number
+from freezeops.keras_compat.variables import FunctionConstraint, Variable, components, replica_number
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
@@ -191,7 +191,7 @@ class CompactPartition(MaskedPartition):
             self._constrained_with[replica_number()] = indices
         else:
             self._constrained_with.clear()
-        self._inner.constraint = self._constrained if constrained else None
+        self._inner.constraint = FunctionConstraint(self._constrained) if constrained else None
         self._inner.overwrite_with_gradient = bool(getattr(self.variable, "overwrite_with_gradient", False))
 
     def _constrained(self, inner: keras.Variable) -> tf.Tensor:
