@@ -90,6 +90,9 @@ EXAMPLES = {
             code_blocks.model_of_tf_keras, "model.fit(x, y, verbose=0); assert optimizer.density < 1"
         ),
     },
+    "docs/optimizers.md": {
+        "optimizer = fz.MaskedOptimizer(": Example(dict, "assert optimizer.inner_optimizer.clipnorm == 1.0"),
+    },
     "docs/training.md": {
         "fz.declare_slots(": Example(own_adam, "fz.MaskedOptimizer(MyAdam())"),
         "def sam_step(": Example(
