@@ -1,5 +1,6 @@
 """Every block of code in README.md and docs/ runs as it stands, with the names that it takes for granted."""
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -90,6 +91,9 @@ EXAMPLES = {
             code_blocks.model_of_tf_keras, "model.fit(x, y, verbose=0); assert optimizer.density < 1"
         ),
     },
+    "docs/optimizers.md": {
+        "optimizer = fz.MaskedOptimizer(": Example(dict, "assert optimizer.inner_optimizer.clipnorm == 1.0"),
+    },
     "docs/training.md": {
         "fz.declare_slots(": Example(own_adam, "fz.MaskedOptimizer(MyAdam())"),
         "def sam_step(": Example(
@@ -147,3 +151,18 @@ def test_every_name_has_its_block(table):
     for file, entries in table.items():
         for start in entries:
             assert any(block.code.strip().startswith(start) for block in BLOCKS[file]), f"{file}: {start}"
+
+
+def anchors(text):
+    """What GitHub calls the headings."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_links_lead_somewhere(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = (ROOT / file).parent / path if path else ROOT / file
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
