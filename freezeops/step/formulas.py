@@ -1,4 +1,4 @@
-"""Which optimizers a fused step can stand in for."""
+"""The choice of the formula by which a fused step stands in for an optimizer."""
 
 import keras
 
