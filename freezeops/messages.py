@@ -1,4 +1,4 @@
-"""What users gave, as error messages show it: short, whatever its size."""
+"""Values of users in error messages: short, whatever their size."""
 
 import reprlib
 from collections.abc import ItemsView, KeysView, ValuesView

@@ -1,4 +1,4 @@
-"""What is known of each optimizer: is its update elementwise, what do its slots hold, what is its fused formula.
+"""The catalogue of optimizers: for each class, if its update is elementwise, its slots, and its fused formula.
 
 `_KERAS` describes the classes of `keras.optimizers`. `declare_slots` and `declare_elementwise` add user-written ones.
 Read in Keras 3.15.1 and 3.12.4, `optimizers/*.py`.
@@ -66,7 +66,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class UpdateFormula:
-    """How an optimizer updates one entry, so that a native kernel can do it.
+    """The formula by which an optimizer updates one entry, for the native kernels.
 
     Attributes:
         name: Its name in `csrc/kernels/common/update_rules.h` and in `ops/reference_updates.py`.
@@ -85,7 +85,7 @@ class UpdateFormula:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an optimizer's class.
+    """An entry of the catalogue: the facts that are known of an optimizer's class.
 
     Attributes:
         elementwise: `True`: its update of an entry looks at that entry, its gradient and its slots alone. A text: it

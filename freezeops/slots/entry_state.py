@@ -1,4 +1,4 @@
-"""What an optimizer keeps for each entry of a variable: slots, averages and accumulated gradients."""
+"""The state that an optimizer keeps for each entry of a variable: slots, averages and accumulated gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

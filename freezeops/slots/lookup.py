@@ -1,4 +1,4 @@
-"""What the catalogue says of an optimizer at hand, with all that it wraps."""
+"""Looks optimizers up in the catalogue: their slots, and properties of an optimizer with all that it wraps."""
 
 from collections.abc import Iterator, Mapping
 
