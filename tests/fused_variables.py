@@ -7,7 +7,7 @@ from common import assert_same_bits
 
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
-from freezeops.ops.reference_updates import FusedVariable
+from freezeops.ops.reference_updates import FusedOperand
 from freezeops.partitions import compact
 
 RULES = {
@@ -66,7 +66,7 @@ def variables_of(rng, rule, dtype, layouts, density, compact_state, seeded):
         waiting = np.packbits(rng.random(slot_size) < 0.5, bitorder="little")
         for variables in results:
             variables.append(
-                FusedVariable(
+                FusedOperand(
                     variable=tf.Variable(values),
                     gradient=tf.constant(gradient),
                     slots=[tf.Variable(slot) for slot in slots],

@@ -76,7 +76,7 @@ def test_the_probe_finds_this_tensorflow_without_importing_it(backend):
 
 
 def compile_generic(compiler, tmp_path, *flags):
-    for source in ("isa_generic.cc", "fused_generic.cc", "dispatch.cc"):
+    for source in ("isa_generic.cc", "dispatch.cc"):
         subprocess.run(
             [
                 *(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *flags),

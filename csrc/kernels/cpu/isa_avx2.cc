@@ -1,11 +1,32 @@
-// The kernels for x86-64 with AVX2, BMI and BMI2.
+// The kernels for x86-64 with AVX2, BMI, BMI2 and F16C.
 
-// In this order.
-// clang-format off
+#include <immintrin.h>
+
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/vectors_avx2.h"
 #include "kernels/cpu/words_avx2.h"
-#include "kernels/cpu/mask_kernels.h"
-// clang-format on
 
 namespace freezeops {
-FREEZEOPS_DEFINE_KERNEL_TABLE(kAvx2Kernels, "avx2");
+namespace cpu {
+namespace {
+
+struct Avx2 {
+  template <typename U>
+  using Words = Avx2Words<U>;
+  template <Float kType>
+  using Vector = Avx2Vector<kType>;
+
+  static constexpr bool kStreams = true;
+  static void stream_zero_line(char* line) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(line), _mm256_setzero_si256());
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(line + 32), _mm256_setzero_si256());
+  }
+  static void stream_fence() { _mm_sfence(); }
+};
+
+}  // namespace
+
+constexpr KernelTable kAvx2Kernels = kernel_table<Avx2>("avx2");
+
+}  // namespace cpu
 }  // namespace freezeops

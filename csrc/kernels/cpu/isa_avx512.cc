@@ -1,11 +1,31 @@
 // The kernels for x86-64 with AVX-512 (F, BW, DQ, VL, VBMI2).
 
-// In this order.
-// clang-format off
+#include <immintrin.h>
+
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/vectors_avx512.h"
 #include "kernels/cpu/words_avx512.h"
-#include "kernels/cpu/mask_kernels.h"
-// clang-format on
 
 namespace freezeops {
-FREEZEOPS_DEFINE_KERNEL_TABLE(kAvx512Kernels, "avx512");
+namespace cpu {
+namespace {
+
+struct Avx512 {
+  template <typename U>
+  using Words = Avx512Words<U>;
+  template <Float kType>
+  using Vector = Avx512Vector<kType>;
+
+  static constexpr bool kStreams = true;
+  static void stream_zero_line(char* line) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(line), _mm512_setzero_si512());
+  }
+  static void stream_fence() { _mm_sfence(); }
+};
+
+}  // namespace
+
+constexpr KernelTable kAvx512Kernels = kernel_table<Avx512>("avx512");
+
+}  // namespace cpu
 }  // namespace freezeops

@@ -1,4 +1,4 @@
-// What the kernels do with a word of 64 entries with AVX-512 (F, BW, DQ, VL, VBMI2): its bits are lane masks as they
+// Operations on words of 64 entries with AVX-512 (F, BW, DQ, VL, VBMI2): bits are lane masks as they
 // are.
 //
 // Compress and expand stay in registers: their forms that write to memory are microcoded and slow on some processors.
@@ -11,16 +11,17 @@
 #include "kernels/cpu/words_scalar.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 // Below this many selected entries a loop over them beats compressing or expanding all 64.
 constexpr int kFewToMove = 3;
 
 template <int kWidth>
-struct Lanes;
+struct Avx512Lanes;
 
 template <>
-struct Lanes<2> {
+struct Avx512Lanes<2> {
   using Mask = __mmask32;
   static constexpr int kCount = 32;
   static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi16(mask, data); }
@@ -30,7 +31,7 @@ struct Lanes<2> {
 };
 
 template <>
-struct Lanes<4> {
+struct Avx512Lanes<4> {
   using Mask = __mmask16;
   static constexpr int kCount = 16;
   static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi32(mask, data); }
@@ -40,7 +41,7 @@ struct Lanes<4> {
 };
 
 template <>
-struct Lanes<8> {
+struct Avx512Lanes<8> {
   using Mask = __mmask8;
   static constexpr int kCount = 8;
   static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi64(mask, data); }
@@ -50,8 +51,8 @@ struct Lanes<8> {
 };
 
 template <typename U>
-struct Words {
-  using L = Lanes<sizeof(U)>;
+struct Avx512Words {
+  using L = Avx512Lanes<sizeof(U)>;
   using Mask = typename L::Mask;
 
   static void zero(U* data, uint64_t selected) {
@@ -106,23 +107,8 @@ struct Words {
   }
 };
 
-FREEZEOPS_INLINE void stream_zero(void* data, int64_t bytes) {
-  char* p = static_cast<char*>(data);
-  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) & 63);
-  if (bytes < head + 64) {
-    __builtin_memset(p, 0, bytes);
-    return;
-  }
-  __builtin_memset(p, 0, head);
-  p += head;
-  bytes -= head;
-  const __m512i zero = _mm512_setzero_si512();
-  for (; bytes >= 64; p += 64, bytes -= 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), zero);
-  __builtin_memset(p, 0, bytes);
-}
-FREEZEOPS_INLINE void stream_fence() { _mm_sfence(); }
-
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_WORDS_AVX512_H_

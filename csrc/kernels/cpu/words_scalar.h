@@ -1,4 +1,4 @@
-// What the kernels do with one word of 64 entries, in portable C++: no branch on a bit where many are set.
+// Operations on words of 64 entries in portable C++: no branch on a bit where many are set.
 
 #ifndef FREEZEOPS_KERNELS_CPU_WORDS_SCALAR_H_
 #define FREEZEOPS_KERNELS_CPU_WORDS_SCALAR_H_
@@ -8,6 +8,7 @@
 #include "mask_layout.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 // Below this many selected entries a loop over the set bits beats a branch-free loop over all 64.
@@ -60,7 +61,7 @@ struct ScalarWords {
     return expand_bits(destination, source, selected);
   }
 
-  // The same by set bits, for any number of entries.
+  // The same, one set bit after the other.
   static void zero_bits(U* data, uint64_t selected) {
     for (; selected != 0; selected &= selected - 1) data[__builtin_ctzll(selected)] = 0;
   }
@@ -81,6 +82,7 @@ struct ScalarWords {
 };
 
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_WORDS_SCALAR_H_
