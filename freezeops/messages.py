@@ -1,4 +1,4 @@
-"""Short texts of arguments, of any size, for error messages."""
+"""What users gave, as error messages show it: short, whatever its size."""
 
 import reprlib
 from collections.abc import ItemsView, KeysView, ValuesView
@@ -11,7 +11,7 @@ _LENGTH = 500
 
 
 class _Repr(reprlib.Repr):
-    """Like `repr`, but with the first few entries alone of anything long."""
+    """As `repr`, with the first few entries of what is long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Repr(reprlib.Repr):
     def repr_instance(self, x: Any, level: int) -> str:
         try:
             return self._cut(repr(x))
-        except Exception:  # the error that this text is for is of more use than one of a broken `__repr__`
+        except Exception:  # somebody else's `__repr__`: the error to come is of more use than its own
             return f"<{type(x).__name__}>"
 
     def _array(self, x: np.ndarray, level: int) -> str:
@@ -46,7 +46,7 @@ class _Repr(reprlib.Repr):
         return f"array of dtype={x.dtype}, shape={x.shape}: {shown}"
 
     def _tensor(self, x: Any) -> str:
-        """Returns type, path, dtype and shape of a tensor or variable."""
+        """A tensor or variable, without its values."""
         path = getattr(x, "path", None) or ""
         dtype = getattr(x.dtype, "name", x.dtype)
         return f"{type(x).__name__}{f' {path!r}' if path else ''} of dtype={dtype}, shape={x.shape}"

@@ -140,9 +140,9 @@ def restore(registry: MaskRegistry, stored: Stored) -> None:
             partition = registry.managed[position].partition
             config = partition.describe().config
             here = config if partition.mode == "compact" else {}
-            if mask.mask is not None and mask.way and (mask.way == "compact" or here):
-                there: dict[str, Any] = {"way": mask.way, "layout": list(mask.mask.layout)}
-                if mask.way == "compact":
+            if mask.mask is not None and mask.mode and (mask.mode == "compact" or here):
+                there: dict[str, Any] = {"way": mask.mode, "layout": list(mask.mask.layout)}
+                if mask.mode == "compact":
                     there["capacity"] = mask.capacity
                 if there != here:
                     raise ValueError(

@@ -97,7 +97,11 @@ def apply_delta(model: keras.Model, path: str | os.PathLike) -> None:
     >>> head.bias.numpy()
     array([0.5, 0. ], dtype=float32)
     """
-    path = Path(path)
+    _assign(_read_changes(Path(path), model))
+
+
+def _read_changes(path: Path, model: keras.Model) -> list["_Change"]:
+    """Returns the changes that a delta makes to a model, after all checks of `apply_delta`."""
     header, content = checkedfile.read(path, _KIND)
     try:
         entries = _parse(header)
@@ -128,7 +132,7 @@ def apply_delta(model: keras.Model, path: str | os.PathLike) -> None:
             changes.append(_Change(variable, positions, array.reshape(-1)[positions], new))
     if offset != len(content):
         raise _refusal(path, f"there are {len(content) - offset} bytes that belong to no weight")
-    _assign(changes)
+    return changes
 
 
 class _Entry(NamedTuple):

@@ -96,19 +96,30 @@ def load_masks(
         stored = Stored([StoredMask(name, mask.shape, mask) for name, mask in _read(path).items()])
     else:
         stored, layouts = mask_sources.read(path)
+    stored, layouts = _renamed(stored, layouts, rename or {})
+    optimizer._registry.register_stored(stored, layouts, strict=is_mask_file)
+
+
+def _renamed(
+    stored: Stored, layouts: Mapping[str, Layout], rename: Mapping[str, str]
+) -> tuple[Stored, dict[str, Layout]]:
+    """Returns masks and layouts under other names.
+
+    Raises:
+        ValueError: If `rename` names a path that is not there, or two masks would have one name.
+    """
     names = [mask.name for mask in stored.masks]
-    rename = dict(rename or {})
     if unknown := sorted(set(rename) - set(names)):
         raise ValueError(
             f"`rename` must map paths that are in the file. Received: {short(unknown)}, for a file with "
             f"{short(sorted(names))}"
         )
     if len({rename.get(name, name) for name in names}) != len(names):
-        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={short(rename)}")
-    stored.masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
-    stored.variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
-    layouts = {rename.get(name, name): layout for name, layout in layouts.items()}
-    optimizer._registry.register_stored(stored, layouts, strict=is_mask_file)
+        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={short(dict(rename))}")
+    masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
+    variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
+    renamed_layouts = {rename.get(name, name): layout for name, layout in layouts.items()}
+    return replace(stored, masks=masks, variables=variables), renamed_layouts
 
 
 def _read(path: Path) -> dict[str, Mask]:

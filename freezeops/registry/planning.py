@@ -138,7 +138,7 @@ class Planner:
                 planned.awaiting.add(position)
                 planned.changes.stated[position] = "call"
                 continue
-            if stored.way == "compact" and self._saved[position] is None:
+            if stored.mode == "compact" and self._saved[position] is None:
                 # Room as in the optimizer that stored it: its slots have that shape.
                 layout = list(stored.mask.layout)
                 self._saved[position] = {"way": "compact", "layout": layout, "capacity": stored.capacity}

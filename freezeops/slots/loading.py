@@ -29,8 +29,8 @@ def fitted_slot(
     """
     shape, whole = tuple(slot.shape), tuple(partition.variable.shape)
     compact_now = isinstance(partition, CompactPartition) and shape == tuple(partition.inner_variable.shape)
-    compact_then = stored is not None and stored.mask is not None and stored.way == "compact"
-    if stored is not None and not stored.way:  # a file of an older version does not say
+    compact_then = stored is not None and stored.mask is not None and stored.mode == "compact"
+    if stored is not None and not stored.mode:  # a file of an older version does not say
         compact_then = array.shape != whole or (compact_now and array.shape == shape)
     if not compact_then and not compact_now:
         return array if array.shape == shape else None

@@ -30,7 +30,7 @@ class StoredMask:
         shape: The variable's shape.
         mask: The mask; `None` where a config left it out, because it was too large, and nobody has stated it since.
         stated: True if a call or an earlier load named this variable. A mask that nobody stated replaces none.
-        way: The mode of the variable's partition: `"full"`, `"compact"` or `"permanent"`; empty where it is not known.
+        mode: Mode of the variable's partition: `"full"`, `"compact"` or `"permanent"`; empty where it is not known.
         capacity: With compact state: how many of the mask's bits there was room for.
         waiting: The entries that wait to be seeded; `None`: none.
     """
@@ -39,7 +39,7 @@ class StoredMask:
     shape: Shape
     mask: Mask | None
     stated: bool = True
-    way: str = "full"
+    mode: str = "full"
     capacity: int = 0
     waiting: Mask | None = None
 
@@ -57,7 +57,7 @@ class StoredMask:
             "polarity": POLARITY,
             "bit_order": BIT_ORDER,
             "stated": self.stated,
-            "way": self.way,
+            "way": self.mode,
             "capacity": self.capacity,
             "waiting": self.waiting is not None,
         }
@@ -92,8 +92,8 @@ def masks_from(entries: Sequence[Any], content: bytes) -> Iterator[StoredMask]:
         if checkedfile.field(entry, "waiting", bool):
             elements = entry | {"layout": list(layouts.elementwise(shape))}
             waiting, offset = take_mask(elements, content, offset)
-        stated, way = checkedfile.field(entry, "stated", bool), checkedfile.field(entry, "way", str)
-        yield StoredMask(name, shape, mask, stated, way, checkedfile.field(entry, "capacity", int), waiting)
+        stated, mode = checkedfile.field(entry, "stated", bool), checkedfile.field(entry, "way", str)
+        yield StoredMask(name, shape, mask, stated, mode, checkedfile.field(entry, "capacity", int), waiting)
     if offset != len(content):
         raise ValueError(f"there must be {offset} bytes of masks. Received: {len(content)} bytes")
 
