@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "gpu")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+sys.path.insert(0, str(Path(__file__).parent))
 
-import cpu_library  # noqa: E402
-from arrays import HostArrays  # noqa: E402
-from under_test import Kernels  # noqa: E402
+import cpu_library
+from arrays import HostArrays
+from under_test import Kernels
 
 
 class ExactArray:

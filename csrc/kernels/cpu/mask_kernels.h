@@ -93,7 +93,9 @@ struct ZeroVisitor {
       zero_run(data + position, length);
     }
   }
-  void word(int64_t position, uint64_t selected) { Isa::template Words<U>::zero(data + position, selected); }
+  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
+    Isa::template Words<U>::zero(data + position, selected);
+  }
   void tail(int64_t position, uint64_t selected, int64_t) { ScalarWords<U>::zero_bits(data + position, selected); }
   void few(int64_t position, const uint64_t* block, int count) {
     U nowhere;
@@ -115,7 +117,7 @@ struct CopyAndZeroVisitor {
     zero_run(destination + position, length);
     done = position + length;
   }
-  void word(int64_t position, uint64_t selected) {
+  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
     copy_until(position);
     Isa::template Words<U>::copy_or_zero(destination + position, source + position, selected);
     done = position + 64;
@@ -141,7 +143,7 @@ struct GatherVisitor {
   const U* destination_end[kArrays];
   const U* source[kArrays];
   FewEntries waiting;
-  void finish() {
+  FREEZEOPS_METHOD void finish() {
     for (int a = 0; a < kArrays; ++a) {
       const U* from = source[a] + waiting.position;
       for (int i = 0; i < waiting.count; ++i) *destination[a]++ = from[waiting.entries[i]];
@@ -155,7 +157,7 @@ struct GatherVisitor {
       destination[a] += length;
     }
   }
-  void word(int64_t position, uint64_t selected) {
+  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
     finish();
     for (int a = 0; a < kArrays; ++a) {
       prefetch_ahead(source[a] + position);
@@ -183,7 +185,7 @@ struct ScatterVisitor {
   const U* source;
   const U* source_end;
   FewEntries waiting;
-  void finish() {
+  FREEZEOPS_METHOD void finish() {
     U* to = destination + waiting.position;
     for (int i = 0; i < waiting.count; ++i) to[waiting.entries[i]] = *source++;
     waiting.count = 0;
@@ -193,7 +195,7 @@ struct ScatterVisitor {
     copy_run(destination + position, source, length);
     source += length;
   }
-  void word(int64_t position, uint64_t selected) {
+  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
     finish();
     prefetch_ahead(destination + position);
     source = Isa::template Words<U>::expand(destination + position, source, source_end, selected);
@@ -216,7 +218,7 @@ struct CopyVisitor {
   U* destination;
   const U* source;
   void run(int64_t position, int64_t length) { copy_run(destination + position, source + position, length); }
-  void word(int64_t position, uint64_t selected) {
+  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
     Isa::template Words<U>::copy(destination + position, source + position, selected);
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
@@ -239,20 +241,33 @@ int64_t count_ones(const uint8_t* bits, int64_t begin, int64_t end) {
   return begin < end ? count_words(PlainBits({bits, {1, end, 1}}, begin), end - begin) : 0;
 }
 
-template <typename Isa>
-void zero_frozen(int width, void* data, const MaskView& mask, int64_t begin, int64_t end, Residence residence) {
+// The kernels for each width are functions of their own: together in one, GCC inlines less of them.
+
+template <typename Isa, typename U>
+__attribute__((noinline)) void zero_frozen_of(U* data, const MaskView& mask, int64_t begin, int64_t end,
+                                              Residence residence) {
   // Writing past the cache saves reading the lines first, but mixed with ordinary stores to neighbouring lines short
   // pieces of it are several times slower than no such writes at all (measured at 99 % random).
   constexpr int64_t kNever = int64_t{1} << 62;
   const bool in_memory = residence == Residence::kMemory;
   const int64_t least_bytes = mask.layout.inner >= 64 ? 256 : 4096;
-  with_width(width, [&](auto zero) {
-    using U = decltype(zero);
-    ZeroVisitor<Isa, U> visitor{static_cast<U*>(data),
-                                in_memory ? least_bytes / static_cast<int64_t>(sizeof(U)) : kNever};
-    walk<false>(mask, begin, end, visitor);
-  });
+  ZeroVisitor<Isa, U> visitor{data, in_memory ? least_bytes / static_cast<int64_t>(sizeof(U)) : kNever};
+  walk<false>(mask, begin, end, visitor);
   if (Isa::kStreams && in_memory) Isa::stream_fence();
+}
+
+template <typename Isa>
+void zero_frozen(int width, void* data, const MaskView& mask, int64_t begin, int64_t end, Residence residence) {
+  with_width(width,
+             [&](auto zero) { zero_frozen_of<Isa>(static_cast<decltype(zero)*>(data), mask, begin, end, residence); });
+}
+
+template <typename Isa, typename U>
+__attribute__((noinline)) void copy_and_zero_frozen_of(U* destination, const U* source, const MaskView& mask,
+                                                       int64_t begin, int64_t end) {
+  CopyAndZeroVisitor<Isa, U> visitor{destination, source};
+  walk<false>(mask, begin, end, visitor);
+  visitor.copy_until(end - begin);
 }
 
 template <typename Isa>
@@ -260,19 +275,31 @@ void copy_and_zero_frozen(int width, void* destination, const void* source, cons
                           int64_t end) {
   with_width(width, [&](auto zero) {
     using U = decltype(zero);
-    CopyAndZeroVisitor<Isa, U> visitor{static_cast<U*>(destination), static_cast<const U*>(source)};
-    walk<false>(mask, begin, end, visitor);
-    visitor.copy_until(end - begin);
+    copy_and_zero_frozen_of<Isa>(static_cast<U*>(destination), static_cast<const U*>(source), mask, begin, end);
   });
+}
+
+template <typename Isa, bool kTrainable, typename U>
+__attribute__((noinline)) void copy_selected_of(U* destination, const U* source, const MaskView& mask, int64_t begin,
+                                                int64_t end) {
+  CopyVisitor<Isa, U> visitor{destination, source};
+  walk<kTrainable>(mask, begin, end, visitor);
 }
 
 template <typename Isa, bool kTrainable>
 void copy_selected(int width, void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
   with_width(width, [&](auto zero) {
     using U = decltype(zero);
-    CopyVisitor<Isa, U> visitor{static_cast<U*>(destination), static_cast<const U*>(source)};
-    walk<kTrainable>(mask, begin, end, visitor);
+    copy_selected_of<Isa, kTrainable>(static_cast<U*>(destination), static_cast<const U*>(source), mask, begin, end);
   });
+}
+
+template <typename Isa, bool kTrainable, typename U>
+__attribute__((noinline)) void gather_of(U* destination, int64_t count, const U* source, const MaskView& mask,
+                                         int64_t begin, int64_t end) {
+  GatherVisitor<Isa, U, 1> visitor{{destination}, {destination + count}, {source}, {}};
+  walk<kTrainable>(mask, begin, end, visitor);
+  visitor.finish();
 }
 
 template <typename Isa, bool kTrainable>
@@ -280,27 +307,36 @@ void gather(int width, void* destination, int64_t count, const void* source, con
             int64_t end) {
   with_width(width, [&](auto zero) {
     using U = decltype(zero);
-    U* const first = static_cast<U*>(destination);
-    GatherVisitor<Isa, U, 1> visitor{{first}, {first + count}, {static_cast<const U*>(source)}, {}};
-    walk<kTrainable>(mask, begin, end, visitor);
-    visitor.finish();
+    gather_of<Isa, kTrainable>(static_cast<U*>(destination), count, static_cast<const U*>(source), mask, begin, end);
   });
+}
+
+template <typename Isa, typename U>
+__attribute__((noinline)) void gather_two_of(void* const destinations[2], int64_t count, const void* const sources[2],
+                                             const MaskView& mask, int64_t begin, int64_t end) {
+  U* const first = static_cast<U*>(destinations[0]);
+  U* const second = static_cast<U*>(destinations[1]);
+  GatherVisitor<Isa, U, 2> visitor{{first, second},
+                                   {first + count, second + count},
+                                   {static_cast<const U*>(sources[0]), static_cast<const U*>(sources[1])},
+                                   {}};
+  walk<true>(mask, begin, end, visitor);
+  visitor.finish();
 }
 
 template <typename Isa>
 void gather_two(int width, void* const destinations[2], int64_t count, const void* const sources[2],
                 const MaskView& mask, int64_t begin, int64_t end) {
-  with_width(width, [&](auto zero) {
-    using U = decltype(zero);
-    U* const first = static_cast<U*>(destinations[0]);
-    U* const second = static_cast<U*>(destinations[1]);
-    GatherVisitor<Isa, U, 2> visitor{{first, second},
-                                     {first + count, second + count},
-                                     {static_cast<const U*>(sources[0]), static_cast<const U*>(sources[1])},
-                                     {}};
-    walk<true>(mask, begin, end, visitor);
-    visitor.finish();
-  });
+  with_width(width,
+             [&](auto zero) { gather_two_of<Isa, decltype(zero)>(destinations, count, sources, mask, begin, end); });
+}
+
+template <typename Isa, bool kTrainable, typename U>
+__attribute__((noinline)) void scatter_of(U* destination, const U* source, int64_t count, const MaskView& mask,
+                                          int64_t begin, int64_t end) {
+  ScatterVisitor<Isa, U> visitor{destination, source, source + count, {}};
+  walk<kTrainable>(mask, begin, end, visitor);
+  visitor.finish();
 }
 
 template <typename Isa, bool kTrainable>
@@ -308,10 +344,7 @@ void scatter(int width, void* destination, const void* source, int64_t count, co
              int64_t end) {
   with_width(width, [&](auto zero) {
     using U = decltype(zero);
-    const U* const first = static_cast<const U*>(source);
-    ScatterVisitor<Isa, U> visitor{static_cast<U*>(destination), first, first + count, {}};
-    walk<kTrainable>(mask, begin, end, visitor);
-    visitor.finish();
+    scatter_of<Isa, kTrainable>(static_cast<U*>(destination), static_cast<const U*>(source), count, mask, begin, end);
   });
 }
 

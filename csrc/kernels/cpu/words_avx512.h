@@ -24,30 +24,42 @@ template <>
 struct Avx512Lanes<2> {
   using Mask = __mmask32;
   static constexpr int kCount = 32;
-  static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi16(mask, data); }
-  static void store(void* data, Mask mask, __m512i value) { _mm512_mask_storeu_epi16(data, mask, value); }
-  static __m512i compress(Mask mask, __m512i value) { return _mm512_maskz_compress_epi16(mask, value); }
-  static __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi16(mask, value); }
+  static FREEZEOPS_METHOD __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi16(mask, data); }
+  static FREEZEOPS_METHOD void store(void* data, Mask mask, __m512i value) {
+    _mm512_mask_storeu_epi16(data, mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i compress(Mask mask, __m512i value) {
+    return _mm512_maskz_compress_epi16(mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi16(mask, value); }
 };
 
 template <>
 struct Avx512Lanes<4> {
   using Mask = __mmask16;
   static constexpr int kCount = 16;
-  static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi32(mask, data); }
-  static void store(void* data, Mask mask, __m512i value) { _mm512_mask_storeu_epi32(data, mask, value); }
-  static __m512i compress(Mask mask, __m512i value) { return _mm512_maskz_compress_epi32(mask, value); }
-  static __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi32(mask, value); }
+  static FREEZEOPS_METHOD __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi32(mask, data); }
+  static FREEZEOPS_METHOD void store(void* data, Mask mask, __m512i value) {
+    _mm512_mask_storeu_epi32(data, mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i compress(Mask mask, __m512i value) {
+    return _mm512_maskz_compress_epi32(mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi32(mask, value); }
 };
 
 template <>
 struct Avx512Lanes<8> {
   using Mask = __mmask8;
   static constexpr int kCount = 8;
-  static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi64(mask, data); }
-  static void store(void* data, Mask mask, __m512i value) { _mm512_mask_storeu_epi64(data, mask, value); }
-  static __m512i compress(Mask mask, __m512i value) { return _mm512_maskz_compress_epi64(mask, value); }
-  static __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi64(mask, value); }
+  static FREEZEOPS_METHOD __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi64(mask, data); }
+  static FREEZEOPS_METHOD void store(void* data, Mask mask, __m512i value) {
+    _mm512_mask_storeu_epi64(data, mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i compress(Mask mask, __m512i value) {
+    return _mm512_maskz_compress_epi64(mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi64(mask, value); }
 };
 
 template <typename U>
@@ -55,7 +67,7 @@ struct Avx512Words {
   using L = Avx512Lanes<sizeof(U)>;
   using Mask = typename L::Mask;
 
-  static void zero(U* data, uint64_t selected) {
+  static FREEZEOPS_METHOD void zero(U* data, uint64_t selected) {
     // Few entries: single stores need no line that has no selected entry.
     if (count_bits(selected) <= kFewBits) return ScalarWords<U>::zero_bits(data, selected);
     for (int i = 0; i < 64; i += L::kCount) {
@@ -63,7 +75,7 @@ struct Avx512Words {
     }
   }
 
-  static void copy(U* destination, const U* source, uint64_t selected) {
+  static FREEZEOPS_METHOD void copy(U* destination, const U* source, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) return ScalarWords<U>::copy_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);
@@ -71,13 +83,13 @@ struct Avx512Words {
     }
   }
 
-  static void copy_or_zero(U* destination, const U* source, uint64_t zeroed) {
+  static FREEZEOPS_METHOD void copy_or_zero(U* destination, const U* source, uint64_t zeroed) {
     for (int i = 0; i < 64; i += L::kCount) {
       _mm512_storeu_si512(destination + i, L::load(static_cast<Mask>(~(zeroed >> i)), source + i));
     }
   }
 
-  static U* compress(U* destination, const U* destination_end, const U* source, uint64_t selected) {
+  static FREEZEOPS_METHOD U* compress(U* destination, const U* destination_end, const U* source, uint64_t selected) {
     if (count_bits(selected) <= kFewToMove) return ScalarWords<U>::compress_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);
@@ -93,7 +105,7 @@ struct Avx512Words {
     return destination;
   }
 
-  static const U* expand(U* destination, const U* source, const U* source_end, uint64_t selected) {
+  static FREEZEOPS_METHOD const U* expand(U* destination, const U* source, const U* source_end, uint64_t selected) {
     if (count_bits(selected) <= kFewToMove) return ScalarWords<U>::expand_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);

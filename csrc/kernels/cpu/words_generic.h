@@ -11,14 +11,14 @@ namespace {
 
 template <typename U>
 struct GenericWords : ScalarWords<U> {
-  static void zero(U* data, uint64_t selected) {
+  static FREEZEOPS_METHOD void zero(U* data, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) {
       ScalarWords<U>::zero_bits(data, selected);
     } else {
       ScalarWords<U>::zero(data, selected);
     }
   }
-  static void copy(U* destination, const U* source, uint64_t selected) {
+  static FREEZEOPS_METHOD void copy(U* destination, const U* source, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) {
       ScalarWords<U>::copy_bits(destination, source, selected);
     } else {

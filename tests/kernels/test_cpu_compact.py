@@ -46,8 +46,8 @@ def test_index_that_does_not_belong_to_its_mask(kernels, wrong, layout, density)
     source = kernels.put(make_values(rng, kept * inner, 4))
     gathered = kernels.put(make_values(rng, index.capacity * inner, 4))
     gather = "fz_gather_trainable", 4, 1, pointers(gathered), pointers(source), *index.arguments
-    # By the bits, indices are not looked at; by indices, fewer offsets than ones stand for the first ones. A mask that
-    # was rotated has as many ones in all, and is noticed where it has not in a thread's shard.
+    # By the bits, indices are not looked at; by indices, offsets for fewer entries stand for the first ones. A rotated
+    # mask has as many ones in all, and is noticed where it has not in a thread's shard.
     fitting = {"offsets down"} if by_index else {"indices"}
     fits = kernels.fits(*gather)
     assert wrong == "packed" or fits == (wrong in fitting)
