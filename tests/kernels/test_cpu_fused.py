@@ -123,14 +123,15 @@ def test_adding_rows(kernels, dtype, width, offset, seed):
         np.testing.assert_array_equal(array.get().view(integers), wanted.view(integers))
 
 
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.125])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_16_bit_float(kernels, dtype):
-    """All 65,536 as entries, times and plus ordinary values: to float32 and back, with every kind of rounding."""
+def test_every_16_bit_float(kernels, dtype, scale):
+    """All 65,536 as entries: to float32 and back. A power of two makes subnormal products half way between two floats."""
     floats = dtype_of(dtype)
     row = np.arange(65536, dtype=np.uint16).view(floats)
     rng = np.random.default_rng(0)
-    total, squares = (rng.normal(size=row.size).astype(floats) for _ in range(2))
-    scale = np.array([0.3], floats)
+    total, squares = (np.where(scale == 0.3, rng.normal(size=row.size), 0).astype(floats) for _ in range(2))
+    scale = np.array([scale], floats)
     arrays = [kernels.put(array) for array in (total, squares, row, scale)]
     kernels.functions.fz_add_row(FLOATS[dtype][0], *(array.pointer for array in arrays), int64(row.size))
     with np.errstate(all="ignore"):
