@@ -126,7 +126,7 @@ def test_adding_rows(kernels, dtype, width, offset, seed):
 @pytest.mark.parametrize("scale", [0.3, 0.5, 0.125])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_16_bit_float(kernels, dtype, scale):
-    """All 65,536 as entries: to float32 and back. A power of two makes subnormal products half way between two floats."""
+    """All 65,536 as entries: to float32 and back. Powers of two make products half way between two subnormal floats."""
     floats = dtype_of(dtype)
     row = np.arange(65536, dtype=np.uint16).view(floats)
     rng = np.random.default_rng(0)
