@@ -149,7 +149,7 @@ def test_every_16_bit_float(kernels, dtype, scale):
     kept=st.sampled_from([40, 5000]),
     inner=st.sampled_from([1, 4, 600]),
     density=st.sampled_from([0.01, 0.3]),  # found by indices, and by bits
-    wrong=st.sampled_from(["offsets up", "offsets down", "capacity"]),
+    wrong=st.sampled_from(["offsets up", "offsets down", "one offset up", "one offset down", "capacity"]),
     seed=SEEDS,
 )
 def test_what_does_not_belong_to_the_mask_is_reported(kernels, kept, inner, density, wrong, seed):
@@ -163,7 +163,9 @@ def test_what_does_not_belong_to_the_mask_is_reported(kernels, kept, inner, dens
             return
         one.pointers.capacity = one.used // inner - 1
     else:
-        offsets = one.held["offsets"].get() + (50 if wrong.endswith("up") else -5)
+        offsets = one.held["offsets"].get().copy()
+        at = 1 if wrong.startswith("one") else slice(None)  # of the second block, if there are two
+        offsets[at] += 50 if wrong.endswith("up") else -5
         one.held["offsets"] = kernels.put(offsets)
         one.pointers.offsets = one.held["offsets"].pointer.value
     one.check = lambda: None
