@@ -123,14 +123,15 @@ def test_adding_rows(kernels, dtype, width, offset, seed):
         np.testing.assert_array_equal(array.get().view(integers), wanted.view(integers))
 
 
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.125])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_16_bit_float(kernels, dtype):
-    """All 65,536 as entries, times and plus ordinary values: to float32 and back, with every kind of rounding."""
+def test_every_16_bit_float(kernels, dtype, scale):
+    """All 65,536 as entries: to float32 and back. Powers of two make products half way between two subnormal floats."""
     floats = dtype_of(dtype)
     row = np.arange(65536, dtype=np.uint16).view(floats)
     rng = np.random.default_rng(0)
-    total, squares = (rng.normal(size=row.size).astype(floats) for _ in range(2))
-    scale = np.array([0.3], floats)
+    total, squares = (np.where(scale == 0.3, rng.normal(size=row.size), 0).astype(floats) for _ in range(2))
+    scale = np.array([scale], floats)
     arrays = [kernels.put(array) for array in (total, squares, row, scale)]
     kernels.functions.fz_add_row(FLOATS[dtype][0], *(array.pointer for array in arrays), int64(row.size))
     with np.errstate(all="ignore"):
@@ -148,7 +149,7 @@ def test_every_16_bit_float(kernels, dtype):
     kept=st.sampled_from([40, 5000]),
     inner=st.sampled_from([1, 4, 600]),
     density=st.sampled_from([0.01, 0.3]),  # found by indices, and by bits
-    wrong=st.sampled_from(["offsets up", "offsets down", "capacity"]),
+    wrong=st.sampled_from(["offsets up", "offsets down", "one offset up", "one offset down", "capacity"]),
     seed=SEEDS,
 )
 def test_what_does_not_belong_to_the_mask_is_reported(kernels, kept, inner, density, wrong, seed):
@@ -162,7 +163,9 @@ def test_what_does_not_belong_to_the_mask_is_reported(kernels, kept, inner, dens
             return
         one.pointers.capacity = one.used // inner - 1
     else:
-        offsets = one.held["offsets"].get() + (50 if wrong.endswith("up") else -5)
+        offsets = one.held["offsets"].get().copy()
+        at = 1 if wrong.startswith("one") else slice(None)  # of the second block, if there are two
+        offsets[at] += 50 if wrong.endswith("up") else -5
         one.held["offsets"] = kernels.put(offsets)
         one.pointers.offsets = one.held["offsets"].pointer.value
     one.check = lambda: None
