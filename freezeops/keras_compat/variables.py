@@ -135,10 +135,11 @@ def reshape_variable(variable: keras.Variable, values: np.ndarray, beside: Varia
         values: The new values.
         beside: A variable on the same device.
     """
-    with tf.distribute.get_strategy().extended.colocate_vars_with(tf_variable(beside)):
-        variable._initialize(lambda: tf.constant(values, variable.dtype))
+    # Before the values: Keras 3.16 makes them in this shape.
     variable._shape = tuple(values.shape)
     variable._ndim = values.ndim
+    with tf.distribute.get_strategy().extended.colocate_vars_with(tf_variable(beside)):
+        variable._initialize(lambda: tf.constant(values, variable.dtype))
 
 
 def empty_variable(variable: Variable) -> None:
