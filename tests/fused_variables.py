@@ -104,3 +104,8 @@ def assert_same_state(ours, twins, told):
             both_nan = np.isnan(actual) & np.isnan(expected) & passing
             actual[both_nan] = expected[both_nan] = 0
             assert_same_bits(actual, expected, f"{told} array {number}")
+
+
+def fused_notes(optimizer):
+    """`fused`, or the reason against it, for each variable."""
+    return ["fused" if report.fused else report.fused_reason for report in optimizer.describe()]

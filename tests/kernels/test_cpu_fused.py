@@ -108,6 +108,15 @@ def test_large_variables(kernels, compact, density):
     run(kernels, step, [Variable(kernels, rng, step, layout, density, compact=compact) for layout in layouts])
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_repeated_rows_that_wait_to_be_seeded(kernels, compact):
+    """Gradients that cancel leave a second moment behind: the larger of the two squares seeds it."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        step = Step.make(rng, "adam", "float32", True)
+        run(kernels, step, [Variable(kernels, rng, step, (1, 400, 1), 0.7, compact=compact, slices=9, row_size=100)])
+
+
 @SETTINGS
 @given(dtype=DTYPES, width=st.sampled_from([0, 1, 7, 8, 15, 16, 17, 33, 100]), offset=OFFSETS, seed=SEEDS)
 def test_adding_rows(kernels, dtype, width, offset, seed):

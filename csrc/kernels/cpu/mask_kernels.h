@@ -93,7 +93,7 @@ struct ZeroVisitor {
       zero_run(data + position, length);
     }
   }
-  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
+  void word(int64_t position, uint64_t selected) {
     Isa::template Words<U>::zero(data + position, selected);
   }
   void tail(int64_t position, uint64_t selected, int64_t) { ScalarWords<U>::zero_bits(data + position, selected); }
@@ -117,7 +117,7 @@ struct CopyAndZeroVisitor {
     zero_run(destination + position, length);
     done = position + length;
   }
-  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
+  void word(int64_t position, uint64_t selected) {
     copy_until(position);
     Isa::template Words<U>::copy_or_zero(destination + position, source + position, selected);
     done = position + 64;
@@ -218,7 +218,7 @@ struct CopyVisitor {
   U* destination;
   const U* source;
   void run(int64_t position, int64_t length) { copy_run(destination + position, source + position, length); }
-  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
+  void word(int64_t position, uint64_t selected) {
     Isa::template Words<U>::copy(destination + position, source + position, selected);
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
