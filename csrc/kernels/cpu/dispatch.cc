@@ -20,7 +20,7 @@ bool has_f16c() {
 }
 #endif
 
-const KernelTable& choose() {
+KernelTable choose() {
 #if defined(FREEZEOPS_HAVE_X86_KERNELS)
   const char* wanted = getenv("FREEZEOPS_ISA");
   if (wanted == nullptr) wanted = "";
@@ -32,16 +32,16 @@ const KernelTable& choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512vbmi2");
-  if (has_avx512 && !avx2_at_most) return kAvx512Kernels;
-  if (has_avx2 && !generic_only) return kAvx2Kernels;
+  if (has_avx512 && !avx2_at_most) return {kAvx512MaskKernels, kAvx512FusedKernels, "avx512"};
+  if (has_avx2 && !generic_only) return {kAvx2MaskKernels, kAvx2FusedKernels, "avx2"};
 #endif
-  return kGenericKernels;
+  return {kGenericMaskKernels, kGenericFusedKernels, "generic"};
 }
 
 }  // namespace
 
 const KernelTable& kernels() {
-  static const KernelTable& chosen = choose();
+  static const KernelTable chosen = choose();
   return chosen;
 }
 

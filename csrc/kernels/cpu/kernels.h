@@ -52,10 +52,8 @@ struct FusedStep {
   Seeds seeds;
 };
 
-// The kernels, compiled for one instruction set.
-struct KernelTable {
-  const char* isa;
-
+// The kernels that move, zero and count entries, compiled for one instruction set.
+struct MaskKernels {
   // Returns the number of frozen entries.
   int64_t (*count_frozen)(const MaskView& mask, int64_t begin, int64_t end);
 
@@ -91,10 +89,11 @@ struct KernelTable {
                          int64_t begin, int64_t end);
   void (*scatter_trainable)(int width, void* destination, const void* source, int64_t count, const MaskView& mask,
                             int64_t begin, int64_t end);
+};
 
-  // Fused updates: one pass over mask bits, gradient, slots and variable. Only trainable entries are written; a word of
-  // the mask without one costs a look at that word.
-
+// The fused updates: one pass over mask bits, gradient, slots and variable. Only trainable entries are written; a word
+// of the mask without one costs a look at that word.
+struct FusedKernels {
   // Full state: updates the trainable entries among [begin, end).
   void (*update_full)(UpdateRule rule, Float type, const FusedStep& step, const FusedTensor& tensor, int64_t begin,
                       int64_t end);
@@ -112,15 +111,23 @@ struct KernelTable {
   void (*add_row)(Float type, void* sum, void* square, const void* row, const void* scale, int64_t width);
 };
 
+// The kernels of one instruction set.
+struct KernelTable : MaskKernels, FusedKernels {
+  const char* isa;
+};
+
 // Returns the fastest kernels that this machine can run, chosen once. The environment variable FREEZEOPS_ISA (avx512,
 // avx2 or generic) asks for a lower set; a higher one is ignored.
 const KernelTable& kernels();
 
-// The sets that were compiled.
-extern const KernelTable kGenericKernels;
+// The sets that were compiled, each in two files: in one GCC inlines less, and gathers take half as long again.
+extern const MaskKernels kGenericMaskKernels;
+extern const FusedKernels kGenericFusedKernels;
 #if defined(FREEZEOPS_HAVE_X86_KERNELS)
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
+extern const MaskKernels kAvx2MaskKernels;
+extern const FusedKernels kAvx2FusedKernels;
+extern const MaskKernels kAvx512MaskKernels;
+extern const FusedKernels kAvx512FusedKernels;
 #endif
 
 // Returns whether every bit of the mask is 1; stops at the first that is not.

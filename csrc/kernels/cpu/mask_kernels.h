@@ -1,13 +1,15 @@
 // The kernels that move, zero and count entries, written once over the operations of an instruction set.
 //
-// Isa is a struct with
-//   template <typename U> using Words          zero, copy, copy_or_zero, compress, expand on 64 entries, see
-//   words_scalar.h template <Float kType> using Vector        vectors of floats, see vectors_scalar.h static constexpr
-//   bool kStreams             whether it can write past the cache, with static void stream_zero_line(char* line) zeros
-//   in 64 bytes from a multiple of 64 on static void stream_fence()                 orders those writes before what
-//   follows
-// It is in the anonymous namespace of its file (isa_*.cc), as all here is: no function compiled for one instruction set
-// can be taken for that of another.
+// Isa is a struct (isa_*.h) with
+//
+// - template <typename U> Words: zero, copy, copy_or_zero, compress and expand on 64 entries, see words_scalar.h;
+// - template <Float kType> Vector: vectors of floats, see vectors_scalar.h;
+// - kStreams: whether it can write past the cache. Then stream_zero_line(char*) writes zeros to 64 bytes from a
+// multiple
+//   of 64 on, and stream_fence() orders those writes before what follows.
+//
+// It is in the anonymous namespace of each file that includes it, as all here is: no function compiled for one
+// instruction set can be taken for that of another.
 
 #ifndef FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_
 #define FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_
@@ -93,9 +95,7 @@ struct ZeroVisitor {
       zero_run(data + position, length);
     }
   }
-  void word(int64_t position, uint64_t selected) {
-    Isa::template Words<U>::zero(data + position, selected);
-  }
+  void word(int64_t position, uint64_t selected) { Isa::template Words<U>::zero(data + position, selected); }
   void tail(int64_t position, uint64_t selected, int64_t) { ScalarWords<U>::zero_bits(data + position, selected); }
   void few(int64_t position, const uint64_t* block, int count) {
     U nowhere;

@@ -1,8 +1,10 @@
-// The kernels for x86-64 with AVX2, BMI, BMI2 and F16C.
+// The operations of x86-64 with AVX2, BMI, BMI2 and F16C, by which kernels are written, see mask_kernels.h.
+
+#ifndef FREEZEOPS_KERNELS_CPU_ISA_AVX2_H_
+#define FREEZEOPS_KERNELS_CPU_ISA_AVX2_H_
 
 #include <immintrin.h>
 
-#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vectors_avx2.h"
 #include "kernels/cpu/words_avx2.h"
 
@@ -25,8 +27,7 @@ struct Avx2 {
 };
 
 }  // namespace
-
-constexpr KernelTable kAvx2Kernels = kernel_table<Avx2>("avx2");
-
 }  // namespace cpu
 }  // namespace freezeops
+
+#endif  // FREEZEOPS_KERNELS_CPU_ISA_AVX2_H_

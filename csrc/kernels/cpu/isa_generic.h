@@ -1,7 +1,9 @@
-// The kernels for any processor.
+// The operations of any processor, by which kernels are written, see mask_kernels.h.
+
+#ifndef FREEZEOPS_KERNELS_CPU_ISA_GENERIC_H_
+#define FREEZEOPS_KERNELS_CPU_ISA_GENERIC_H_
 
 #include "kernels/common/vectors_scalar.h"
-#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/words_generic.h"
 
 namespace freezeops {
@@ -20,8 +22,7 @@ struct Generic {
 };
 
 }  // namespace
-
-constexpr KernelTable kGenericKernels = kernel_table<Generic>("generic");
-
 }  // namespace cpu
 }  // namespace freezeops
+
+#endif  // FREEZEOPS_KERNELS_CPU_ISA_GENERIC_H_

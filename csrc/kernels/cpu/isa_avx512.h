@@ -1,8 +1,10 @@
-// The kernels for x86-64 with AVX-512 (F, BW, DQ, VL, VBMI2).
+// The operations of x86-64 with AVX-512 (F, BW, DQ, VL, VBMI2), by which kernels are written, see mask_kernels.h.
+
+#ifndef FREEZEOPS_KERNELS_CPU_ISA_AVX512_H_
+#define FREEZEOPS_KERNELS_CPU_ISA_AVX512_H_
 
 #include <immintrin.h>
 
-#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vectors_avx512.h"
 #include "kernels/cpu/words_avx512.h"
 
@@ -24,8 +26,7 @@ struct Avx512 {
 };
 
 }  // namespace
-
-constexpr KernelTable kAvx512Kernels = kernel_table<Avx512>("avx512");
-
 }  // namespace cpu
 }  // namespace freezeops
+
+#endif  // FREEZEOPS_KERNELS_CPU_ISA_AVX512_H_

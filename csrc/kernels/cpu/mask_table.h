@@ -1,10 +1,8 @@
-// The table of kernels of an instruction set, see mask_kernels.h.
+// The table of the mask kernels of an instruction set, see mask_kernels.h.
 
-#ifndef FREEZEOPS_KERNELS_CPU_KERNEL_TABLE_H_
-#define FREEZEOPS_KERNELS_CPU_KERNEL_TABLE_H_
+#ifndef FREEZEOPS_KERNELS_CPU_MASK_TABLE_H_
+#define FREEZEOPS_KERNELS_CPU_MASK_TABLE_H_
 
-#include "kernels/cpu/fused_compact.h"
-#include "kernels/cpu/fused_full.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/mask_kernels.h"
 
@@ -13,9 +11,8 @@ namespace cpu {
 namespace {
 
 template <typename Isa>
-constexpr KernelTable kernel_table(const char* name) {
+constexpr MaskKernels mask_kernels() {
   return {
-      name,
       count_frozen,
       count_ones,
       zero_frozen<Isa>,
@@ -27,10 +24,6 @@ constexpr KernelTable kernel_table(const char* name) {
       gather_two<Isa>,
       scatter<Isa, false>,
       scatter<Isa, true>,
-      update_full<Isa>,
-      update_compact<Isa>,
-      update_by_index<Isa>,
-      add_row<Isa>,
   };
 }
 
@@ -38,4 +31,4 @@ constexpr KernelTable kernel_table(const char* name) {
 }  // namespace cpu
 }  // namespace freezeops
 
-#endif  // FREEZEOPS_KERNELS_CPU_KERNEL_TABLE_H_
+#endif  // FREEZEOPS_KERNELS_CPU_MASK_TABLE_H_
