@@ -1,5 +1,7 @@
 # make demo, make test, make lint, make bench: each sets up .venv first where that is needed.
-# make fuzz, make fuzz-mutants, make fuzz-threads: hostile calls of the ops, under sanitizers.
+# make test-keras KERAS=3.12.*: the core of the tests with another Keras; KERAS=nightly for the development version.
+# make fuzz, make fuzz-mutants: hostile calls of the ops, under sanitizers.
+# make sanitize-cpu: the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer, without TensorFlow.
 # make test-gpu, make sanitize, make bench-gpu: on a machine with a GPU and nvcc, without TensorFlow; see docs/gpu.md.
 #
 #   PYTHON=python3.12        the interpreter to make .venv from
@@ -31,11 +33,14 @@ FUZZ_BUILD := build/fuzz
 FUZZ_CALLS ?= 20000
 FUZZ_SEED ?= 0
 CONFIGURE = cmake -S . -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) -DFREEZEOPS_CUDA=OFF
-FUZZED = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+SANITIZED_CPU = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
 	UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" $(PY)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
+FUZZED = $(SANITIZED_CPU) $(PY)
+KERNELS_BUILD = cmake -S . -G Ninja -DFREEZEOPS_KERNELS_ONLY=ON -DFREEZEOPS_WERROR=ON
 
-.PHONY: all setup demo test test-gpu sanitize fuzz fuzz-build fuzz-mutants fuzz-threads lint format bench bench-gpu clean
+.PHONY: all setup demo test test-keras test-gpu sanitize fuzz fuzz-build fuzz-mutants sanitize-cpu lint tidy tidy-ops format \
+	bench bench-gpu clean
 
 all: setup
 setup: $(STAMP)
@@ -54,6 +59,22 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Another Keras before that of .venv, whose other packages are used: in a virtual environment of its own.
+KERAS ?= 3.12.0
+KERAS_VENV = build/keras-$(subst *,x,$(KERAS))
+KERAS_PY = $(KERAS_VENV)/bin/python
+KERAS_PACKAGE = $(if $(filter nightly,$(KERAS)),--pre keras-nightly,'keras==$(KERAS)')
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
+KERAS_TESTS ?= tests/keras_compat tests/promise tests/files/test_saving.py tests/step/test_fused.py \
+	tests/partitions/test_compact.py tests/integration/test_mixed_precision.py tests/slots
+
+test-keras: $(STAMP)
+	$(PY) -m venv $(KERAS_VENV)
+	$(PY) -c '$(SITE)' > $$($(KERAS_PY) -c '$(SITE)')/packages_of_venv.pth
+	$(KERAS_PY) -m pip install --quiet --ignore-installed --no-deps $(KERAS_PACKAGE)
+	$(KERAS_PY) -c 'import keras; print("Keras", keras.__version__, "in", keras.__path__[0])'
+	$(KERAS_PY) -m pytest $(PYTEST_ARGS) $(KERAS_TESTS)
 
 test-gpu:
 	$(GPU_PYTEST) tests/gpu
@@ -76,17 +97,41 @@ fuzz-build: $(STAMP)
 fuzz-mutants: fuzz-build
 	$(FUZZED) tests/fuzz/mutants.py $(FUZZ_BUILD)
 
-# Bits that several threads read and clear, with ThreadSanitizer.
-fuzz-threads: $(STAMP)
-	$(CONFIGURE) -B build/threads -DFREEZEOPS_SANITIZE=thread
-	cmake --build build/threads --target waiting_bits
-	for isa in generic avx2 avx512; do FREEZEOPS_ISA=$$isa build/threads/waiting_bits || exit 1; done
+# Every CPU kernel of every instruction set (tests/kernels) under AddressSanitizer and UBSan, and what threads share in
+# them under ThreadSanitizer. KERNELS_PYTHON: another interpreter than that of .venv, with NumPy, pytest and hypothesis.
+sanitize-cpu: $(if $(KERNELS_PYTHON),,$(STAMP))
+	$(KERNELS_BUILD) -B build/kernels-address -DFREEZEOPS_SANITIZE=address,undefined
+	$(KERNELS_BUILD) -B build/kernels-thread -DFREEZEOPS_SANITIZE=thread
+	cmake --build build/kernels-address --target kernels_c_api
+	cmake --build build/kernels-thread --target kernel_threads
+	for isa in generic avx2 avx512; do FREEZEOPS_ISA=$$isa build/kernels-thread/kernel_threads || exit 1; done
+	FREEZEOPS_KERNELS_LIBRARY=build/kernels-address/libkernels_c_api.so FREEZEOPS_TEST_EXAMPLES=25 \
+		$(SANITIZED_CPU) $(or $(KERNELS_PYTHON),$(PY)) -m pytest -q -p no:cacheprovider --confcutdir=tests/kernels tests/kernels
 
-lint: $(STAMP)
+lint: $(STAMP) tidy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/typos
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 	$(PY) -m mypy
+
+# clang-tidy (.clang-tidy): the kernels, their tests and the host module. `tidy-ops`: what includes TensorFlow's headers,
+# which takes minutes. CLANG_TIDY and TIDY_PYTHON (with pybind11): others than those of .venv.
+CLANG_TIDY ?= $(VENV)/bin/clang-tidy
+TIDY_PYTHON ?= $(PY)
+TIDY_STAMP := $(if $(filter $(PY),$(TIDY_PYTHON)),$(STAMP))
+
+tidy: $(TIDY_STAMP)
+	$(KERNELS_BUILD) -B build/tidy -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	$(CLANG_TIDY) --quiet -p build/tidy csrc/kernels/cpu/*.cc tests/kernels/cpu_c_api.cc
+	$(CLANG_TIDY) --quiet tests/gpu/kernels_c_api.cu -- -x c++ -std=c++17 -Icsrc
+	$(CLANG_TIDY) --quiet tests/kernels/threads.cc -- -std=c++17 -Icsrc
+	$(CLANG_TIDY) --quiet csrc/host/module.cc -- -std=c++17 -Icsrc $$($(TIDY_PYTHON) -m pybind11 --includes)
+
+tidy-ops: $(TIDY_STAMP)
+	cmake -S . -B build/tidy-ops -G Ninja -DPython_EXECUTABLE=$(abspath $(TIDY_PYTHON)) -DFREEZEOPS_CUDA=OFF \
+		-DFREEZEOPS_SANITIZE=address -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	$(CLANG_TIDY) --quiet -p build/tidy-ops $(filter-out %/gpu.cc,$(wildcard csrc/ops/*/*.cc))
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

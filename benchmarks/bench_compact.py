@@ -89,11 +89,11 @@ def state_bytes(optimizer: str, mask: np.ndarray, size: int) -> dict[str, int]:
     masked = fz.MaskedOptimizer(OPTIMIZERS[optimizer](), masks={"w": mask}, state="compact", fused=False)
     variable = keras.Variable(initializer="ones", shape=shape_of(size), name="w")
     masked.build([variable])
-    (part,) = masked._state.partitions
-    slots = [record.slot for record in masked._state.records[0]]
+    (managed,) = masked._registry.managed
+    slots = [record.slot for record in managed.slot_records]
     bytes_of = {"slots": sum(math.prod(slot.shape) * tf.as_dtype(slot.dtype).size for slot in slots)}
-    unseeded = [v for v in masked.variables if "unseeded" in v.path]
-    return bytes_of | part.bytes_beside_slots | {"unseeded bits": sum(math.prod(v.shape) for v in unseeded)}
+    waiting = {"unseeded bits": managed.slots.unseeded_bytes if managed.slots.unseeded is not None else 0}
+    return bytes_of | managed.partition.describe().overhead_bytes | waiting
 
 
 def measure_here(optimizer: str, jit: bool, size: int, density: float, rows: bool, repeats: int) -> dict[str, Any]:

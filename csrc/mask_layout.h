@@ -3,8 +3,8 @@
 // A mask holds one bit per "kept" index, little bit order: bit k is bit k % 8 of byte k / 8, 1 = trainable, 0 = frozen.
 // Entry (o * kept + k) * inner + j of the flattened tensor uses bit k.
 //
-// Everything here is a plain aggregate or a function that is always inlined: this header is shared by files compiled
-// for different instruction sets, and a function with external linkage could be taken from the wrong one by the linker.
+// Everything here is a plain aggregate or a function that is always inlined: files for different instruction sets share
+// this header, and the linker could take a function with external linkage from the wrong one.
 
 #ifndef FREEZEOPS_MASK_LAYOUT_H_
 #define FREEZEOPS_MASK_LAYOUT_H_
@@ -70,8 +70,7 @@ FREEZEOPS_INLINE uint64_t load_bits(const uint8_t* bits, int64_t byte_count, int
   return word;
 }
 
-// --- 32 bits at a time: what a warp looks at
-// --------------------------------------------------------------------------
+// --- 32 bits at a time, for warps
 
 FREEZEOPS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -129,8 +128,8 @@ FREEZEOPS_INLINE uint32_t load_repeated(const uint8_t* bits, int64_t kept, int64
   return word;
 }
 
-// Where an entry is in a layout: the mask bit that governs it, and how far into that bit's row of `inner` entries it
-// is.
+// The position of an entry in a layout: the mask bit that governs it, and the offset in that bit's row of `inner`
+// entries.
 struct RowPosition {
   int64_t bit;
   int64_t offset;

@@ -12,8 +12,8 @@ from freezeops.masks.mask import Mask as Mask
 from freezeops.ops import native
 from freezeops.optimizer import MaskedOptimizer as MaskedOptimizer
 from freezeops.slots.catalogue import Slot as Slot
+from freezeops.slots.catalogue import declare_elementwise as declare_elementwise
 from freezeops.slots.catalogue import declare_slots as declare_slots
-from freezeops.slots.elementwise import declare_elementwise as declare_elementwise
 from freezeops.transforms import mask_gradient as mask_gradient
 from freezeops.transforms import mask_gradients as mask_gradients
 from freezeops.transforms import partial_stop_gradient as partial_stop_gradient

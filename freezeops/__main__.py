@@ -1,16 +1,19 @@
-"""`python -m freezeops`: which versions, libraries and paths are in use here, and why."""
+"""`python -m freezeops`: the versions, libraries and ops in use here, with reasons."""
 
+import importlib.util
 import os
 import sys
 
-# The diagnosis is what is asked for, not TensorFlow's own notes about the machine.
+# TensorFlow's notes about the machine would stand between the tables.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from rich.console import Console
 from rich.table import Table
 
 from freezeops import ops
-from freezeops.ops import native
+from freezeops.keras_compat import contract
+from freezeops.keras_compat.tf_keras_contract import TF_KERAS
+from freezeops.ops import gpu_check, native
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -21,7 +24,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _cuda_rows(diagnosis: native.Diagnosis) -> list[tuple[str, str]]:
-    """What there is to say about GPUs."""
+    """Returns the rows on GPUs: kernels, driver, devices, and whether they go together."""
     kernels = diagnosis.cuda
     gpus = [f"{gpu.name} (compute capability {gpu.capability / 10})" for gpu in diagnosis.gpus]
     sees = ("GPUs that TensorFlow sees", ", ".join(gpus) or "none")
@@ -30,18 +33,31 @@ def _cuda_rows(diagnosis: native.Diagnosis) -> list[tuple[str, str]]:
         return [("CUDA kernels", "yes, not in use: FREEZEOPS_BACKEND=reference" if inside else "no"), sees]
     architectures = ", ".join(f"{each / 10}" for each in kernels.architectures)
     ptx = ", ".join(f"{each / 10}" for each in kernels.ptx)
-    driver = f"supports CUDA {ops.cuda_version(kernels.driver)}" if kernels.driver else "none found"
+    driver = f"supports CUDA {gpu_check.cuda_version(kernels.driver)}" if kernels.driver else "none found"
     if not gpus:
         verdict = "no GPU to run them on"
     else:
-        verdict = ops.gpu_problem(kernels, diagnosis.gpus) or "driver and GPU are new enough"
+        verdict = gpu_check.gpu_problem(kernels, diagnosis.gpus) or "driver and GPU are new enough"
     return [
         ("CUDA kernels", f"yes, for compute capabilities {architectures} and, as PTX of {ptx}, newer ones"),
-        ("compiled for", f"CUDA {ops.cuda_version(kernels.runtime)} ({kernels.compiler})"),
+        ("compiled for", f"CUDA {gpu_check.cuda_version(kernels.runtime)} ({kernels.compiler})"),
         ("GPU driver", driver),
         sees,
         ("can they run", verdict),
     ]
+
+
+def _contract_table() -> Table:
+    """Returns what there is to say of Keras and TensorFlow: the versions, and what is off with them."""
+    table = _table("What freezeops uses of their insides", "package", "installed", "known to work", "verdict")
+    contracts = [contract.TENSORFLOW, contract.KERAS]
+    if importlib.util.find_spec("tf_keras") is not None:
+        contracts.append(TF_KERAS)
+    for each in contracts:
+        required = [f"freezeops cannot work: {problem}" for need, problem in each.broken() if need.without is None]
+        verdict = "; ".join([*required, *(f"off: {note}" for note in each.notes())]) or "all is there"
+        table.add_row(each.package, each.version(), " to ".join(each.tested), verdict)
+    return table
 
 
 def main() -> int:
@@ -74,6 +90,8 @@ def main() -> int:
         settings.add_row(*row)
     settings.add_row("host module", diagnosis.host)
     console.print(settings)
+
+    console.print(_contract_table())
 
     paths = _table("Ops", "op", "path")
     for op, path in ops.paths().items():

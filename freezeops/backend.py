@@ -7,7 +7,7 @@ import os
 
 
 def name() -> str:
-    """Returns `"auto"`, or `"reference"` where the environment asks for the reference twins.
+    """Returns `"auto"` or `"reference"`.
 
     Raises:
         ValueError: If `FREEZEOPS_BACKEND` holds anything else.
@@ -19,5 +19,5 @@ def name() -> str:
 
 
 def is_reference() -> bool:
-    """Returns True where the environment asks for the reference twins. Raises as `name` does."""
+    """Returns True if the environment asks for the reference twins. Raises as `name` does."""
     return name() == "reference"

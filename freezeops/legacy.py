@@ -7,9 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from freezeops.files.checkpoints import MaskStore
+from freezeops.files.checkpoints import MaskStore, restore
+from freezeops.files.keras_state import KerasState, Store, set_weights
 from freezeops.keras_compat.known import replaced_methods
 from freezeops.keras_compat.options import InnerOption, InnerOptions
+from freezeops.keras_compat.tf_keras_contract import check_installed, notes
 from freezeops.keras_compat.tf_keras_optimizers import (
     TfKerasScaler,
     TfKerasWrapper,
@@ -21,12 +23,19 @@ from freezeops.keras_compat.tf_keras_optimizers import (
     knows,
     wrapped_tf_keras_optimizers,
 )
-from freezeops.keras_compat.variables import Variable, check_strategy, state_variable, variable_key, variable_path
+from freezeops.keras_compat.variables import check_strategy, variable_key, variable_path
+from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.partitions.partition import FullPartition, Partition, PermanentPartition, Plan, UnmaskedPartition
-from freezeops.registry import masking, rules
-from freezeops.registry.masking import FrozenEntries
+from freezeops.partitions.building import PartitionBuilder
+from freezeops.partitions.guards import Guard, keeping_frozen
+from freezeops.partitions.partition import Partition
+from freezeops.registry.arguments import INNER_ARGUMENTS, check_arguments
+from freezeops.registry.methods import MaskMethods
+from freezeops.registry.registry import MaskRegistry, awaiting_message
+from freezeops.registry.targets import VariableIndex
+from freezeops.step.managed import ManagedVariable
 from freezeops.step.traced_writes import guarded
+from freezeops.storage.stored import Stored
 
 try:
     import tf_keras
@@ -36,11 +45,11 @@ except ImportError as error:
         f"{'.'.join(tf.__version__.split('.')[:2])}.* (or `pip install tf_keras`)"
     ) from error
 
-_INNER_ARGUMENTS = (*masking.INNER_ARGUMENTS, "lr", "jit_compile", "mesh")
+_INNER_ARGUMENTS = (*INNER_ARGUMENTS, "lr", "jit_compile", "mesh")
 
 
 @tf_keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.optimizers.Optimizer):
+class MaskedOptimizer(MaskMethods, InnerOptions, TfKerasWrapper, tf_keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any optimizer of `tf_keras.optimizers`, as `freezeops.MaskedOptimizer` wraps
@@ -64,6 +73,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         ValueError: If an argument belongs to the inner optimizer, or is unknown.
         TypeError: If `inner_optimizer` is no optimizer of `tf_keras.optimizers`.
         NotImplementedError: In the scope of a strategy with parameter servers.
+        RuntimeError: If the installed tf_keras or TensorFlow lacks what freezeops cannot do without.
 
     Example:
 
@@ -94,14 +104,16 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         name: str | None = None,
         **kwargs: Any,
     ):
+        check_installed()
         _check_inner(inner_optimizer)
-        masking.check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
+        check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
         check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` there is another base.
         tf_keras.optimizers.Optimizer.__init__(self, name or "MaskedOptimizer", weight_decay=None, jit_compile=False)
         self._inner_optimizer = inner_optimizer
-        self._state = masking.State(maskable)
-        self._masks = MaskStore(lambda: self._stored().to_bytes(), self._take_stored)
+        self._registry = MaskRegistry(self, maskable, self._masks_changed)
+        self._masks = MaskStore(self._checkpointed, self._restored)
+        self._keras_state = KerasState(self._registry, _TfKerasState(inner_optimizer))
         self.register_masks(masks or {})
 
     @property
@@ -109,19 +121,22 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         """The optimizer that was given."""
         return self._inner_optimizer
 
+    def _contract_notes(self) -> list[str]:
+        return notes()
+
     # Masks.
 
-    def _after_change(self, positions: set[int]) -> None:
-        for part, average in self._averages():
-            if self._state.index.position(part.variable) in positions:
-                part.put_into_average(average)
+    def _masks_changed(self, changed: Sequence[ManagedVariable]) -> None:
+        partitions = {id(managed.partition) for managed in changed}
+        for partition, average in self._averages():
+            if id(partition) in partitions:
+                partition.fill_frozen(average)
 
-    def _averages(self) -> Iterator[tuple[Partition, Variable]]:
-        """The slots of moving averages, each with the partition of its variable."""
+    def _averages(self) -> Iterator[tuple[Partition, tf.Variable]]:
         base = base_optimizer(self.inner_optimizer)
-        for part in self._state.partitions:
-            if base.use_ema and part.inner_variable is not None:
-                yield part, average_of(base, part.variable)
+        for partition in self._registry.partitions:
+            if base.use_ema and partition.inner_variable is not None:
+                yield partition, average_of(base, partition.variable)
 
     # Building.
 
@@ -135,44 +150,28 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
             ValueError: If a rule matches nothing or does not fit, or the inner optimizer
                 was built with other variables; nothing was created then.
         """
-        if self._state.built:
+        registry = self._registry
+        if registry.built:
             return
         check_strategy(tf.distribute.get_strategy())
-        index = rules.VariableIndex(list(var_list))
         base = base_optimizer(self.inner_optimizer)
         inner_built = is_built(base)
-        planned = self._plan(index, inner_built)
+        planned = registry.plan(VariableIndex(list(var_list)), inner_built)
         planned.changes.warn()
-        plans = planned.plans
         if planned.awaiting and not tf.executing_eagerly():
-            raise ValueError(self._awaiting_message([index.paths[i] for i in planned.awaiting]))
-        inner_variables = [
-            variable for variable, plan in zip(index.variables, plans, strict=True) if plan.way != "permanent"
-        ]
+            raise ValueError(awaiting_message([planned.index.paths[i] for i in planned.awaiting]))
+        pairs = list(zip(planned.index.variables, planned.plans, strict=True))
+        inner_variables = [variable for variable, plan in pairs if plan.mode != "permanent"]
         if inner_built:
             _check_knows(base, inner_variables)
         elif inner_variables:
             self.inner_optimizer.build(inner_variables)
-        self._state.partitions = [
-            self._make_partition(variable, plan, position)
-            for position, (variable, plan) in enumerate(zip(index.variables, plans, strict=True))
-        ]
-        self._state.index = index
-        self._state.built = True
-        self._keep_planned(planned)
-        self._warn_of_problems()
-
-    def _make_partition(self, variable: tf.Variable, plan: Plan, position: int) -> Partition:
-        if plan.way == "permanent":
-            return PermanentPartition(variable)
-        if plan.way == "unmasked":
-            return UnmaskedPartition(variable, plan.reason)
-        assert plan.layout is not None and plan.mask is not None
-        path = variable_path(variable).replace("/", "_")
-        with tf.distribute.get_strategy().extended.colocate_vars_with(variable):
-            bits = state_variable(plan.mask.packed, f"{self.name}_{path}_mask")
-        self._masks.add(str(position), bits)
-        return FullPartition(variable, plan.layout, bits)
+        builder = PartitionBuilder(self.name, self._masks.add, tf.distribute.get_strategy())
+        partitions = [builder.partition(variable, plan, i) for i, (variable, plan) in enumerate(pairs)]
+        registry.managed = [ManagedVariable(partition) for partition in partitions]
+        registry.index = planned.index
+        registry.keep_planned(planned)
+        registry.warn_of_problems()
 
     def _build_once(self, variables: Sequence[tf.Variable]) -> None:
         with tf.init_scope():  # as tf_keras: variables are not created in a function's graph
@@ -219,8 +218,8 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         if not gradients:
             return self.iterations  # as in tf_keras: nothing to do, and no step counted
         self._build_once(variables)
-        self._check_stated()
-        self._state.traced_writes.watch(self._state.partitions)
+        self._registry.check_stated()
+        self._registry.traced_writes.watch(self._registry.partitions)
         with guarded():
             return self._apply_masked(gradients, variables, name, skip_gradients_aggregation, **kwargs)
 
@@ -237,12 +236,15 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         pairs = [
             (gradient, variable)
             for gradient, variable in zip(masked, variables, strict=True)
-            if self._partition(variable).inner_variable is not None
+            if self._registry.record_of(variable).partition.inner_variable is not None
         ]
         if any(g is not None for g in gradients) and all(g is None for g, _ in pairs):
             # All with a gradient are frozen for good; the inner optimizer would not count the step.
             return count_step(self)
-        with self._frozen_entries(self._written_in_step(pairs)):
+        written = self._written_in_step(pairs)
+        of_these = set(map(id, written))
+        averages = [(partition, average) for partition, average in self._averages() if id(partition) in of_these]
+        with keeping_frozen(_guards(written), averages):
             return self.inner_optimizer.apply_gradients(
                 pairs, name=name, skip_gradients_aggregation=skip_gradients_aggregation, **kwargs
             )
@@ -259,22 +261,18 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
             type(part).__module__.startswith("tf_keras.") and not replaced_methods(part)
             for part in wrapped_tf_keras_optimizers(self.inner_optimizer)
         ):
-            return self._state.partitions  # a user's own may write whatever it was built with
-        given = {id(self._partition(variable)) for gradient, variable in pairs if gradient is not None}
-        return [part for part in self._state.partitions if id(part) in given]
-
-    def _frozen_entries(self, written: Sequence[Partition] | None = None) -> FrozenEntries:
-        parts = self._state.partitions if written is None else written
-        of_these = set(map(id, parts))
-        averages = ((part, average) for part, average in self._averages() if id(part) in of_these)
-        return FrozenEntries(parts, averages)
+            return self._registry.partitions  # a user's own may write whatever it was built with
+        record_of = self._registry.record_of
+        given = {id(record_of(variable).partition) for gradient, variable in pairs if gradient is not None}
+        return [partition for partition in self._registry.partitions if id(partition) in given]
 
     @tf.autograph.experimental.do_not_convert
     def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
         """Lets the inner optimizer finalize (EMA), without a change to frozen entries."""
-        permanent = {variable_key(part.variable) for part in self._state.partitions if part.inner_variable is None}
+        partitions = self._registry.partitions
+        permanent = {variable_key(each.variable) for each in partitions if each.inner_variable is None}
         inner = [variable for variable in var_list if variable_key(variable) not in permanent]
-        with self._frozen_entries():
+        with keeping_frozen(_guards(partitions), self._averages()):
             self.inner_optimizer.finalize_variable_values(inner)
 
     @property
@@ -308,8 +306,27 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         """The inner optimizer's variables; masks are state of their own."""
         return self.inner_optimizer.variables
 
-    def _load_bare(self, arrays: list[np.ndarray], skip: bool) -> None:
-        self.inner_optimizer.load_own_variables({str(i): array for i, array in enumerate(arrays)})
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the values of `variables`, in their order; masks stay as they are.
+
+        Raises:
+            ValueError: If the optimizer is not built, or number or shapes differ.
+        """
+        set_weights(self._registry, self.variables, weights)
+
+    def save_own_variables(self, store: Store) -> None:
+        """As `freezeops.MaskedOptimizer.save_own_variables`."""
+        self._keras_state.save(store)
+
+    def load_own_variables(self, store: Store) -> None:
+        """As `freezeops.MaskedOptimizer.load_own_variables`."""
+        self._keras_state.load(store)
+
+    def _checkpointed(self) -> bytes:
+        return self._keras_state.stored().to_bytes()
+
+    def _restored(self, stored: Stored) -> None:
+        restore(self._registry, stored)
 
     def get_config(self) -> dict[str, Any]:
         """The configuration: the inner optimizer, each variable's way and layout, and the rules or masks.
@@ -318,7 +335,7 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
         """
         inner = tf_keras.optimizers.serialize(self.inner_optimizer)
         config = {"name": self.name, "inner_optimizer": inner, "is_legacy_optimizer": False}
-        return config | self._mask_config()
+        return config | self._registry.get_config()
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "MaskedOptimizer":
@@ -330,13 +347,39 @@ class MaskedOptimizer(masking.Masking, InnerOptions, TfKerasWrapper, tf_keras.op
             inner = tf_keras.optimizers.deserialize(dict(inner), custom_objects=custom_objects)
         of_masks: dict[str, Any] = {name: config.pop(name) for name in ("partitions", "rules") if name in config}
         optimizer = cls(inner, **config)
-        optimizer._set_config(of_masks)
+        optimizer._registry.set_config(of_masks)
         return optimizer
+
+
+class _TfKerasState:
+    """The `InnerState` of an optimizer of tf_keras, which names and loads its slots itself."""
+
+    def __init__(self, inner_optimizer: Any):
+        self._inner_optimizer = inner_optimizer
+
+    def slot_names(self) -> list[tuple[str, list[tuple[str | None, str]]]]:
+        return []
+
+    def begin(self, stored: Stored, skip: bool, masks: Mapping[int, Mask] | None = None) -> None:
+        """Nothing is to be prepared."""
+
+    def refuse(self) -> None:
+        """Nothing is to be kept from loading."""
+
+    def load_bare(self, arrays: list[np.ndarray], skip: bool) -> None:
+        self._inner_optimizer.load_own_variables({str(i): array for i, array in enumerate(arrays)})
+
+    def waits(self, stored: Stored) -> bool:
+        return False
+
+
+def _guards(partitions: Sequence[Partition]) -> list[Guard]:
+    return [partition.guard() for partition in partitions]
 
 
 @tf_keras.saving.register_keras_serializable(package="freezeops")
 class MaskedLossScaleOptimizer(MaskedOptimizer, TfKerasScaler, tf_keras.mixed_precision.LossScaleOptimizer):
-    """What `MaskedOptimizer(LossScaleOptimizer(...))` gives.
+    """The class of `MaskedOptimizer(LossScaleOptimizer(...))`.
 
     By its type `compile` sees under `mixed_float16` that the loss is scaled, and does not
     wrap a `LossScaleOptimizer` around. All it does comes from `MaskedOptimizer` and the
@@ -353,7 +396,7 @@ class MaskedLossScaleOptimizer(MaskedOptimizer, TfKerasScaler, tf_keras.mixed_pr
 
     @property
     def dynamic(self) -> bool:
-        """Whether the scale changes by itself."""
+        """True if the scale changes by itself."""
         return self.inner_optimizer.dynamic
 
     @property

@@ -1,4 +1,4 @@
-"""What users gave, as error messages show it: short, whatever its size."""
+"""Values of users in error messages: short, whatever their size."""
 
 import reprlib
 from collections.abc import ItemsView, KeysView, ValuesView
@@ -59,9 +59,7 @@ _REPR = _Repr()
 
 
 def short(value: Any) -> str:
-    """A value for a message: as `repr` shows it if that is short; otherwise its type or dtype, length or shape, and
-    its first entries.
-    """
+    """Returns a value for a message: its `repr` if that is short, else its type, its size and its first entries."""
     text = _REPR.repr(value)
     if len(text) > _LENGTH:
         text = f"{text[:_LENGTH]}..."

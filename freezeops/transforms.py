@@ -1,4 +1,4 @@
-"""Functions for people with their own training loop."""
+"""Masking of gradients for training loops of your own."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from freezeops.ops.gradients import Gradient, dense_shape, mask_with_bits
 
 @tf.autograph.experimental.do_not_convert
 def mask_gradient(gradient: Gradient, mask: Any) -> Gradient:
-    """A gradient with the entries of a mask's frozen side set to +0.0.
+    """Returns a gradient with +0.0 in the frozen entries.
 
-    Entries are selected, never multiplied: a NaN or infinity under a frozen entry
-    is gone, and passing entries keep their bits.
+    Entries are selected, never multiplied: a NaN or infinity in a frozen entry
+    is gone, and the other entries keep their bits.
 
     Args:
         gradient: Float tensor, or `tf.IndexedSlices` (never made dense).
@@ -32,6 +32,8 @@ def mask_gradient(gradient: Gradient, mask: Any) -> Gradient:
 
     Example:
 
+    >>> import tensorflow as tf
+    >>> import freezeops as fz
     >>> fz.mask_gradient(tf.constant([1.0, float("nan")]), [True, False])
     <tf.Tensor: shape=(2,), dtype=float32, numpy=array([1., 0.], dtype=float32)>
     """
@@ -44,7 +46,7 @@ def mask_gradient(gradient: Gradient, mask: Any) -> Gradient:
 
 @tf.autograph.experimental.do_not_convert
 def mask_gradients(gradients: Sequence[Gradient | None], masks: Sequence[Any]) -> list[Gradient | None]:
-    """`mask_gradient` over two lists.
+    """Masks a list of gradients; see `mask_gradient`.
 
     Args:
         gradients: Gradients; `None` stays `None`.
@@ -55,6 +57,17 @@ def mask_gradients(gradients: Sequence[Gradient | None], masks: Sequence[Any]) -
 
     Raises:
         ValueError: If the lists differ in length.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> import freezeops as fz
+    >>> w, b = tf.Variable([2.0, 3.0]), tf.Variable(1.0)
+    >>> with tf.GradientTape() as tape:
+    ...     loss = tf.reduce_sum(w * w) + b
+    >>> gradients = tape.gradient(loss, [w, b])
+    >>> [gradient.numpy().tolist() for gradient in fz.mask_gradients(gradients, [[True, False], None])]
+    [[4.0, 0.0], 1.0]
     """
     gradients, masks = list(gradients), list(masks)
     if len(gradients) != len(masks):
@@ -70,9 +83,9 @@ def mask_gradients(gradients: Sequence[Gradient | None], masks: Sequence[Any]) -
 
 @tf.autograph.experimental.do_not_convert
 def partial_stop_gradient(x: tf.Tensor, mask: Any) -> tf.Tensor:
-    """Identity forward; backward, the gradient passes only where the mask is True.
+    """Returns `x` as it is; backward, the gradient passes only where the mask is True.
 
-    Like `tf.stop_gradient`, for single entries. Differentiable twice.
+    Like `tf.stop_gradient`, for single entries. Differentiable any number of times.
 
     Args:
         x: Float tensor or variable.
@@ -85,6 +98,17 @@ def partial_stop_gradient(x: tf.Tensor, mask: Any) -> tf.Tensor:
     Raises:
         TypeError: If `x` is not floating or `mask` not boolean.
         ValueError: If the mask does not fit `x`.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> import freezeops as fz
+    >>> x = tf.constant([2.0, 3.0])
+    >>> with tf.GradientTape() as tape:
+    ...     tape.watch(x)
+    ...     y = tf.reduce_sum(fz.partial_stop_gradient(x, [True, False]) ** 2)
+    >>> tape.gradient(y, x).numpy().tolist()
+    [4.0, 0.0]
     """
     x = tf.convert_to_tensor(x)
     _check_float(x.dtype, "x")
@@ -107,7 +131,7 @@ def _check_float(dtype: tf.DType, name: str) -> None:
 
 
 def _as_mask(mask: Any, shape: tf.TensorShape) -> Mask:
-    """A `Mask` of the given shape, which only a `Mask` may leave partly unknown."""
+    """Returns a `Mask` for a shape. Where that is not fully known when tracing, `mask` must be one already."""
     if tf.is_tensor(mask) and tf.get_static_value(mask) is None:
         raise ValueError(
             f"`mask` must be known when the function is traced: an `fz.Mask` or an array. Received: mask={mask}"

@@ -1,7 +1,10 @@
 """What several tests need: comparison by bits, and the table of optimizers."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import keras
 import numpy as np
@@ -37,33 +40,46 @@ def in_mode(function: Callable, mode: str) -> Callable:
     return tf.function(function, jit_compile=mode == "jit", autograph=False)
 
 
-_O = keras.optimizers
-
-SETUPS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
-    "SGD": lambda **k: _O.SGD(0.1, **k),
-    "SGD momentum": lambda **k: _O.SGD(0.1, momentum=0.9, **k),
-    "SGD nesterov": lambda **k: _O.SGD(0.1, momentum=0.9, nesterov=True, **k),
-    "RMSprop": lambda **k: _O.RMSprop(0.01, **k),
-    "RMSprop momentum centered": lambda **k: _O.RMSprop(0.01, momentum=0.9, centered=True, **k),
-    "Adam": lambda **k: _O.Adam(0.01, **k),
-    "Adam amsgrad": lambda **k: _O.Adam(0.01, amsgrad=True, **k),
-    "AdamW": lambda **k: _O.AdamW(0.01, **k),
-    "Adamax": lambda **k: _O.Adamax(0.01, **k),
-    "Nadam": lambda **k: _O.Nadam(0.01, **k),
-    "Adagrad": lambda **k: _O.Adagrad(0.1, **k),
-    "Adadelta": lambda **k: _O.Adadelta(1.0, **k),
-    "Adafactor": lambda **k: _O.Adafactor(0.01, **k),
-    "Ftrl": lambda **k: _O.Ftrl(0.1, **k),
-    "Lion": lambda **k: _O.Lion(0.01, **k),
-    "Lamb": lambda **k: _O.Lamb(0.01, **k),
-    "Muon": lambda **k: _O.Muon(0.01, **k),
-    "ScheduleFreeAdamW": lambda **k: _O.ScheduleFreeAdamW(0.01, **k),
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "SGD": {"learning_rate": 0.1},
+    "SGD momentum": {"learning_rate": 0.1, "momentum": 0.9},
+    "SGD nesterov": {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True},
+    "RMSprop": {"learning_rate": 0.01},
+    "RMSprop momentum centered": {"learning_rate": 0.01, "momentum": 0.9, "centered": True},
+    "Adam": {"learning_rate": 0.01},
+    "Adam amsgrad": {"learning_rate": 0.01, "amsgrad": True},
+    "AdamW": {"learning_rate": 0.01},
+    "Adamax": {"learning_rate": 0.01},
+    "Nadam": {"learning_rate": 0.01},
+    "Adagrad": {"learning_rate": 0.1},
+    "Adadelta": {"learning_rate": 1.0},
+    "Adafactor": {"learning_rate": 0.01},
+    "Ftrl": {"learning_rate": 0.1},
+    "Lion": {"learning_rate": 0.01},
+    "Lamb": {"learning_rate": 0.01},
+    "Muon": {"learning_rate": 0.01},
+    "ScheduleFreeAdamW": {"learning_rate": 0.01},
 }
-"""Every optimizer class of `keras.optimizers`, with its variants."""
+"""Every optimizer class of Keras, with its variants: arguments by the class's name and a word for the variant."""
 
-# Older versions of Keras lack some, and their own Muon fails on the TensorFlow variables that it is given.
-SETUPS = {name: setup for name, setup in SETUPS.items() if hasattr(_O, name.split()[0])}
-if not hasattr(_O, "ScheduleFreeAdamW"):
+
+def setups_of(optimizers: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Returns functions that make the optimizers above, with more arguments if wanted, by name.
+
+    Args:
+        optimizers: `keras.optimizers` or `tf_keras.optimizers`; of either, some classes are missing in some versions.
+    """
+    return {
+        name: functools.partial(getattr(optimizers, name.split()[0]), **arguments)
+        for name, arguments in _ARGUMENTS.items()
+        if hasattr(optimizers, name.split()[0])
+    }
+
+
+SETUPS = setups_of(keras.optimizers)
+
+if "ScheduleFreeAdamW" not in SETUPS:
+    # Muon of older versions of Keras fails on the TensorFlow variables that it is given.
     SETUPS.pop("Muon", None)
 
 FUSED = [name for name in SETUPS if name.split()[0] in ("SGD", "RMSprop", "Adam", "AdamW", "Nadam", "Adagrad", "Lion")]
@@ -94,7 +110,7 @@ NOT_IN_TABLE = {
 
 if "Muon" not in SETUPS:
     NOT_IN_TABLE["Muon"] = "fails by itself in this Keras"
-NOT_IN_TABLE = {name: why for name, why in NOT_IN_TABLE.items() if hasattr(_O, name)}
+NOT_IN_TABLE = {name: why for name, why in NOT_IN_TABLE.items() if hasattr(keras.optimizers, name)}
 
 MIXING = ("Lamb", "Adafactor", "Muon")
 """Optimizers whose update of an entry looks at other entries of its variable."""
@@ -105,3 +121,16 @@ def optimizer_classes() -> Iterator[str]:
     for name, value in vars(keras.optimizers).items():
         if inspect.isclass(value):
             yield name
+
+
+def mask_variables(optimizer):
+    """The variables of an optimizer's masks, as TensorFlow tracks them for a SavedModel, by a key."""
+    return optimizer._trackable_children("savedmodel")["_masks"]._trackable_children("savedmodel")
+
+
+def waiting_mask(optimizer, shape):
+    """The entries of the first variable, in full state, that wait to be seeded."""
+    import freezeops as fz
+
+    size = int(np.prod(shape))
+    return fz.Mask(shape, (1, size, 1), mask_variables(optimizer)["unseeded 0"].numpy())

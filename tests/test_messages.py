@@ -1,14 +1,18 @@
 """Errors that say what to do, and that stay short whatever they were given."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import assert_same_bits
+from common import assert_same_bits, mask_variables
 
 import freezeops as fz
 from freezeops.messages import short
-from freezeops.registry import masking
+from freezeops.partitions.compact import CompactPartition
+from freezeops.partitions.full import FullPartition
+from freezeops.registry import methods
 
 
 def make_model(names=("a", "b"), rows=6):
@@ -41,7 +45,7 @@ def test_a_reused_optimizer():
     another = make_model()
     other_names = make_model(("c", "d"))
     same_paths = make_model()
-    for variable, path in zip(same_paths.trainable_variables, optimizer._state.index.paths, strict=True):
+    for variable, path in zip(same_paths.trainable_variables, optimizer.masks_by_path(), strict=True):
         variable._path = path
     for model, why in ((another, "which is another model's"), (other_names, "which is another model's")):
         for call in (
@@ -292,10 +296,11 @@ def test_masks_that_fail_half_way_change_nothing(state, monkeypatch):
     optimizer.build(model.trainable_variables)
     step(optimizer, model.trainable_variables)
     optimizer.unfreeze(".*/kernel", (0, [1, 2]))  # which wait for their first gradient
-    parts = optimizer._state.partitions
-    every_slot = [slots.unseeded for slots in optimizer._state.slots.values()] + optimizer.inner_optimizer.variables
+    paths = [report.path for report in optimizer.describe()]
+    unseeded = [v for key, v in mask_variables(optimizer).items() if key.startswith("unseeded")]
+    every_slot = unseeded + optimizer.inner_optimizer.variables
     before, values = optimizer.masks_by_path(), [slot.numpy() for slot in every_slot]
-    assert any(value.any() for value in values[: len(parts)])
+    assert any(value.any() for value in values[: len(unseeded)])
     for interrupted in range(4):
         for after in (True, False):
             calls = []
@@ -309,13 +314,17 @@ def test_masks_that_fail_half_way_change_nothing(state, monkeypatch):
                     raise KeyboardInterrupt
 
             with monkeypatch.context() as patch:
-                for number, part in enumerate(parts):
-                    patch.setattr(part, "assign", lambda m, a=part.assign, n=number, f=fail: f(m, a, n))
+                for cls in (FullPartition, CompactPartition):
+
+                    def assign(part, mask, original=cls.assign, fail=fail):
+                        fail(mask, functools.partial(original, part), paths.index(part.path))
+
+                    patch.setattr(cls, "assign", assign)
                 with pytest.raises(KeyboardInterrupt):
                     optimizer.register_masks({".*/kernel": np.eye(4) > 0, ".*/bias": [True, False, True, False]})
             assert calls and optimizer.masks_by_path() == before
             for slot, value in zip(every_slot, values, strict=True):
-                assert_same_bits(slot.numpy(), value, slot.path)
+                assert_same_bits(slot.numpy(), value, slot.name)
     step(optimizer, model.trainable_variables)
 
 
@@ -366,7 +375,7 @@ def test_optimizers_without_masks(tmp_path):
                 call(optimizer, tmp_path / "masks")
     with pytest.raises(TypeError, match="Pass `model.optimizer`.*of type Sequential"):
         fz.save_masks(model, tmp_path / "masks")
-    assert masking.masked_optimizer(model.optimizer) is model.optimizer
+    assert methods.masked_optimizer(model.optimizer) is model.optimizer
 
 
 # `.h5`.

@@ -1,1 +1,1 @@
-"""Files: masks, deltas, and what is read from the files of Keras and TensorFlow."""
+"""Files: masks, deltas, checkpoints, and masks in the files of Keras and TensorFlow."""

@@ -1,11 +1,11 @@
-"""Files of what training changed in a model, for the model that it was trained from.
+"""Delta files: the entries of a model that training changed, to be applied to the base model.
 
-Of a sparse fine-tuning few entries differ from the base (LT-SFT, Ansell et al. 2022; SHiRA, Bhardwaj et al. 2024), so
+In sparse fine-tuning few entries differ from the base (LT-SFT, Ansell et al. 2022; SHiRA, Bhardwaj et al. 2024), so
 that one base and many small files stand for many models.
 
 A `checkedfile` whose header has `variables`, a list of `path`, `shape`, `dtype`, `base` (SHA-256 of the base's bytes),
-`changed` (how many entries) and `positions` (`"indices"` or `"bits"`: how their positions are written); behind it, for
-each, the positions and the new values.
+`changed` (number of entries) and `positions` (`"indices"` or `"bits"`: the form of their positions); behind it, for
+each variable, the positions and the new values.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _KIND = checkedfile.Kind(b"freezeops delta\n", 1, "delta file", "export_delta")
 
 
 def export_delta(model: keras.Model, base: keras.Model | Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Writes the entries in which a model differs from its base, by bits.
+    """Writes the entries of a model that differ from its base in any bit to a file.
 
     All weights of the model are compared, also those that no optimizer trains, such as
     moving statistics. A crash leaves the old file or the new one.
@@ -35,7 +35,7 @@ def export_delta(model: keras.Model, base: keras.Model | Mapping[str, np.ndarray
         model: The trained model.
         base: The model that it was trained from, or a mapping of variable paths to arrays:
             `{v.path: v.numpy() for v in model.weights}` before training.
-        path: The file; an existing one is replaced, with its mode kept; of a symbolic link its target is.
+        path: The file. An existing one is replaced and its mode kept; of a symbolic link, the target is replaced.
 
     Raises:
         ValueError: If two weights have one path, the two differ in paths, shapes or dtypes, or `path` is that of a
@@ -68,7 +68,7 @@ def export_delta(model: keras.Model, base: keras.Model | Mapping[str, np.ndarray
 
 
 def apply_delta(model: keras.Model, path: str | os.PathLike) -> None:
-    """Gives a model that has the base's weights those of the trained model, bit for bit.
+    """Turns the weights of a base model into those of the trained model, bit for bit.
 
     Args:
         model: A model with the weights of the base.
@@ -76,27 +76,48 @@ def apply_delta(model: keras.Model, path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, altered or none of ours, if what it says
-            does not fit together, or if the model is not the file's base. Nothing has
-            changed then.
+        ValueError: If the file is truncated, altered, not a delta file or contradicts
+            itself, or if the model is not the file's base. Nothing has changed then.
+
+    Example:
+
+    >>> import os, tempfile
+    >>> import keras
+    >>> import numpy as np
+    >>> import freezeops as fz
+    >>> head = keras.layers.Dense(2)
+    >>> model = keras.Sequential([keras.Input((4,)), head])
+    >>> base = model.get_weights()
+    >>> arrays = {variable.path: variable.numpy() for variable in model.weights}
+    >>> head.set_weights([head.kernel.numpy(), np.array([0.5, 0.0])])  # in place of training
+    >>> path = os.path.join(tempfile.mkdtemp(), "head.delta")
+    >>> fz.export_delta(model, arrays, path)
+    >>> model.set_weights(base)
+    >>> fz.apply_delta(model, path)
+    >>> head.bias.numpy()
+    array([0.5, 0. ], dtype=float32)
     """
-    path = Path(path)
+    _assign(_read_changes(Path(path), model))
+
+
+def _read_changes(path: Path, model: keras.Model) -> list["_Change"]:
+    """Returns the changes that a delta makes to a model, after all checks of `apply_delta`."""
     header, content = checkedfile.read(path, _KIND)
     try:
         entries = _parse(header)
     except ValueError as error:
         raise _refusal(path, f"its header does not describe weights: {error}") from None
     weights = _weights(model)
-    own_names = {entry.path: name for name, entry in _matched(weights, entries, "file").items()}
+    names = {entry.path: name for name, entry in _matched(weights, entries, "file").items()}
     changes: list[_Change] = []
     offset = 0
     for entry in entries.values():  # in the order of the file
-        variable = weights[own_names[entry.path]]
+        variable = weights[names[entry.path]]
         array = np.asarray(variable.numpy())
         if _checksum(array) != entry.base:
             raise ValueError(
                 "A delta must be applied to the weights that it was made against. Received: other values in "
-                f"{own_names[entry.path]!r} than the base of {str(path)!r} has"
+                f"{names[entry.path]!r} than the base of {str(path)!r} has"
             )
         length = entry.position_bytes + entry.changed * array.itemsize
         if length > len(content) - offset:
@@ -111,11 +132,11 @@ def apply_delta(model: keras.Model, path: str | os.PathLike) -> None:
             changes.append(_Change(variable, positions, array.reshape(-1)[positions], new))
     if offset != len(content):
         raise _refusal(path, f"there are {len(content) - offset} bytes that belong to no weight")
-    _assign(changes)
+    return changes
 
 
 class _Entry(NamedTuple):
-    """What a file says of one variable."""
+    """The header of one variable."""
 
     shape: tuple[int, ...]
     path: str
@@ -131,14 +152,14 @@ class _Entry(NamedTuple):
 
     @property
     def position_bytes(self) -> int:
-        """Bytes of the positions of the changed entries."""
+        """Length of the positions of the changed entries in bytes."""
         if self.positions == "bits":
             return (self.size + 7) // 8
         return self.changed * _index_type(self.size).itemsize
 
 
 class _Change(NamedTuple):
-    """What becomes of one variable: positions in the flattened variable, values there before and from then on."""
+    """Changes to one variable: positions in the flattened variable, and the old and the new values there."""
 
     variable: keras.Variable
     positions: np.ndarray
@@ -152,7 +173,7 @@ class _Change(NamedTuple):
 
 
 def _assign(changes: list[_Change]) -> None:
-    """Carries changes out, all of them or, should it fail half-way, none."""
+    """Writes changes into their variables: all of them or, on an error, none."""
     begun: list[_Change] = []
     try:
         for change in changes:
@@ -165,10 +186,10 @@ def _assign(changes: list[_Change]) -> None:
 
 
 def _parse(header: Any) -> dict[str, _Entry]:
-    """What a header says of each variable, by the path in the file.
+    """Returns the headers of all variables, by the path in the file.
 
     Raises:
-        ValueError: If it cannot be so.
+        ValueError: If one is incomplete or contradicts itself.
     """
     entries: dict[str, _Entry] = {}
     for given in checkedfile.field(header, "variables", list):
@@ -186,10 +207,10 @@ def _parse(header: Any) -> dict[str, _Entry]:
 
 
 def _positions(entry: _Entry, content: bytes, offset: int) -> np.ndarray:
-    """The positions of the changed entries in the flattened variable.
+    """Returns the positions of the changed entries in the flattened variable.
 
     Raises:
-        ValueError: If these are not as many as the header says, in ascending order and inside of the variable.
+        ValueError: If their number is not that of the header, or they do not ascend, or lie outside of the variable.
     """
     if entry.positions == "bits":
         packed = np.frombuffer(content, np.uint8, entry.position_bytes, offset)
@@ -207,8 +228,8 @@ def _index_type(size: int) -> np.dtype:
     return np.dtype(np.uint32 if size <= 2**32 else np.uint64)
 
 
-def _refusal(path: Path, what: str) -> ValueError:
-    return checkedfile.refusal(path, _KIND, what)
+def _refusal(path: Path, problem: str) -> ValueError:
+    return checkedfile.refusal(path, _KIND, problem)
 
 
 def _weights(model: keras.Model) -> dict[str, keras.Variable]:
@@ -228,8 +249,8 @@ def _arrays(base: Any) -> dict[str, np.ndarray]:
     raise TypeError(f"`base` must be a model, or map paths of variables to arrays. Received: base={short(base)}")
 
 
-def _matched(weights: Mapping[str, keras.Variable], other: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """What stands for each weight, by the weight's path.
+def _matched(weights: Mapping[str, keras.Variable], other: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Returns the element of `other` for each weight, by the path of the weight.
 
     Raises:
         ValueError: Unless paths (but for Keras's counters), shapes and dtypes agree.
@@ -237,8 +258,9 @@ def _matched(weights: Mapping[str, keras.Variable], other: Mapping[str, Any], wh
     positions = saved_names.match(list(other), list(weights))
     if positions is None:
         raise ValueError(
-            f"The {what} must have the weights of the model. Received: {short(sorted(other.keys() - weights.keys()))} "
-            f"that the model has not, and not {short(sorted(weights.keys() - other.keys()))} that it has"
+            f"The {source} must have the weights of the model. Received: "
+            f"{short(sorted(other.keys() - weights.keys()))} that the model has not, and not "
+            f"{short(sorted(weights.keys() - other.keys()))} that it has"
         )
     values = list(other.values())
     matched = {name: values[position] for name, position in zip(weights, positions, strict=True)}
@@ -247,14 +269,14 @@ def _matched(weights: Mapping[str, keras.Variable], other: Mapping[str, Any], wh
         received = tuple(matched[name].shape), str(matched[name].dtype)
         if expected != received:
             raise ValueError(
-                f"The {what} must have the shapes and dtypes of the model's weights. Received: {received} "
+                f"The {source} must have the shapes and dtypes of the model's weights. Received: {received} "
                 f"for {name!r}, which is {expected}"
             )
     return matched
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The entries of a flattened array as integers."""
+    """Returns the entries of a flattened array as unsigned integers."""
     array = np.ascontiguousarray(array).reshape(-1)
     return array.view(f"u{array.dtype.itemsize}")
 

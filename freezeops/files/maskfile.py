@@ -1,4 +1,4 @@
-"""Files of masks: versioned, keyed by variable path, checked before anything changes.
+"""Mask files: masks by variable path, checked before anything changes.
 
 A `checkedfile` whose header has `polarity`, `bit_order` and `masks`, a list of `path`, `shape` and `layout`; behind it
 the packed bits of each mask, in that order, without gaps.
@@ -14,9 +14,10 @@ from freezeops.files import mask_sources
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.registry.masking import masked_optimizer
+from freezeops.registry.methods import masked_optimizer
 from freezeops.storage import checkedfile
-from freezeops.storage.stored import BIT_ORDER, POLARITY, Stored, StoredMask, take_mask
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import BIT_ORDER, POLARITY, StoredMask, take_mask
 
 _KIND = checkedfile.Kind(b"freezeops masks\n", 1, "mask file", "save_masks")
 
@@ -28,7 +29,7 @@ def save_masks(optimizer: Any, path: str | os.PathLike) -> None:
 
     Args:
         optimizer: A built `MaskedOptimizer`, or the `LossScaleOptimizer` that Keras put around it.
-        path: The file; an existing one is replaced, with its mode kept; of a symbolic link its target is.
+        path: The file. An existing one is replaced and its mode kept; of a symbolic link, the target is replaced.
 
     Raises:
         ValueError: If the optimizer is not built, two of its variables have one path, or `path` is that of a folder,
@@ -50,59 +51,83 @@ def load_masks(
     path: str | os.PathLike,
     rename: Mapping[str, str] | None = None,
 ) -> None:
-    """Registers the masks of a file; variables that it does not name keep theirs.
+    """Registers the masks of a file. Variables that the file does not name keep theirs.
 
-    Masks find their variables by path, whatever the order of the variables is; where no variable has exactly that path,
-    by what Keras's counting means (`dense_3/kernel` for `dense/kernel`).
+    Masks find their variables by path, whatever the order of the variables is. If no variable has exactly that path,
+    the numbers that Keras counts up are left out of account (`dense_3/kernel` for `dense/kernel`).
 
     Args:
         optimizer: A `MaskedOptimizer`, built or not, or the `LossScaleOptimizer` that Keras put around it.
         path: A file that `save_masks` wrote; or a `.keras`, `.weights.h5`, sharded `.weights.json` or `.h5` file, or a
-            `tf.train.Checkpoint` of a model with a `MaskedOptimizer`, of which the masks alone are read.
+            `tf.train.Checkpoint`, of a model with a `MaskedOptimizer`. Of these, the masks alone are read.
         rename: Optional mapping from paths in the file to paths of the model.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, altered or none of ours; if `rename`
+        ValueError: If the file is truncated, altered or of another kind; if `rename`
             names a path that is not in it; or if a path or shape does not fit the
             optimizer's variables. Nothing has changed then.
 
     Example:
 
-    ```python
-    model = keras_hub.models.TextClassifier.from_preset("./saved")  # comes back with an optimizer of its own
-    model.compile(fz.MaskedOptimizer(keras.optimizers.AdamW(1e-4)), loss)
-    fz.load_masks(model.optimizer, "./saved/task.weights.h5")
-    ```
+    Masks of a Keras file for a model that came back without its `MaskedOptimizer`, as those of KerasHub do:
+
+    >>> import os, tempfile
+    >>> import keras
+    >>> import freezeops as fz
+    >>> def new_model():
+    ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+    ...     model.compile(fz.MaskedOptimizer(keras.optimizers.AdamW(1e-4)), "mse")
+    ...     return model
+    >>> model = new_model()
+    >>> model.optimizer.freeze("head/kernel", [0, 1])
+    >>> model.optimizer.build(model.trainable_variables)
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+    >>> model.save_weights(path)
+    >>> model = new_model()
+    >>> fz.load_masks(model.optimizer, path)
+    >>> model.optimizer.mask_for(model.get_layer("head").kernel)
+    <Mask shape=(4, 2), trainable=4 of 8 (density 0.5), layout=(1, 4, 2), 1 bytes>
     """
     optimizer, path = masked_optimizer(optimizer), Path(path)
     layouts: dict[str, Layout] = {}
-    of_masks = not mask_sources.is_one(path)
-    if not of_masks:
-        stored, layouts = mask_sources.read(path)
-    else:
+    is_mask_file = not mask_sources.is_source(path)
+    if is_mask_file:
         stored = Stored([StoredMask(name, mask.shape, mask) for name, mask in _read(path).items()])
+    else:
+        stored, layouts = mask_sources.read(path)
+    stored, layouts = _renamed(stored, layouts, rename or {})
+    optimizer._registry.register_stored(stored, layouts, strict=is_mask_file)
+
+
+def _renamed(
+    stored: Stored, layouts: Mapping[str, Layout], rename: Mapping[str, str]
+) -> tuple[Stored, dict[str, Layout]]:
+    """Returns masks and layouts under other names.
+
+    Raises:
+        ValueError: If `rename` names a path that is not there, or two masks would have one name.
+    """
     names = [mask.name for mask in stored.masks]
-    rename = dict(rename or {})
     if unknown := sorted(set(rename) - set(names)):
         raise ValueError(
             f"`rename` must map paths that are in the file. Received: {short(unknown)}, for a file with "
             f"{short(sorted(names))}"
         )
     if len({rename.get(name, name) for name in names}) != len(names):
-        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={short(rename)}")
-    stored.masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
-    stored.variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
-    layouts = {rename.get(name, name): layout for name, layout in layouts.items()}
-    optimizer._register_stored(stored, layouts, strict=of_masks)
+        raise ValueError(f"`rename` must give every mask a path of its own. Received: rename={short(dict(rename))}")
+    masks = [replace(mask, name=rename.get(mask.name, mask.name)) for mask in stored.masks]
+    variables = [(rename.get(name, name), shape) for name, shape in stored.variables]
+    renamed_layouts = {rename.get(name, name): layout for name, layout in layouts.items()}
+    return replace(stored, masks=masks, variables=variables), renamed_layouts
 
 
 def _read(path: Path) -> dict[str, Mask]:
-    """The masks of a file by path, or an error that says what is wrong with it."""
+    """Returns the masks of a mask file, by path. Raises `ValueError` if it is damaged."""
     header, content = checkedfile.read(path, _KIND)
     if header.get("polarity") != POLARITY or header.get("bit_order") != BIT_ORDER:
-        what = f"its polarity is {short(header.get('polarity'))}, its bit order {short(header.get('bit_order'))}"
-        raise checkedfile.refusal(path, _KIND, what)
+        problem = f"its polarity is {short(header.get('polarity'))}, its bit order {short(header.get('bit_order'))}"
+        raise checkedfile.refusal(path, _KIND, problem)
     try:
         return _parse(header, content)
     except ValueError as error:
@@ -110,10 +135,10 @@ def _read(path: Path) -> dict[str, Mask]:
 
 
 def _parse(header: dict[str, Any], content: bytes) -> dict[str, Mask]:
-    """The masks that a header describes, by path.
+    """Returns the masks that a header describes, by path.
 
     Raises:
-        ValueError: If it describes none, or others than the bytes behind it.
+        ValueError: If an entry describes no mask, or other bits than there are.
     """
     masks: dict[str, Mask] = {}
     offset = 0

@@ -1,1 +1,1 @@
-"""Everything private of Keras and TensorFlow, and only here."""
+"""Uses of private names of Keras, TensorFlow and tf_keras; no other module has any. `contract.py` lists them."""

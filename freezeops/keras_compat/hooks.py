@@ -1,4 +1,4 @@
-"""Hooks into a step: what is called right before an optimizer updates variables, or instead of it."""
+"""Hooks that an optimizer calls in a step: right before it updates a variable, or instead of updating it."""
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -8,17 +8,18 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Untracked, Variable
 
 
 class StepHook:
-    """What `before_updates` calls."""
+    """A hook for `before_updates`: called before each update of a variable."""
 
     identity: Hashable
-    """The same for the hooks of replicas that wait for each other, and for no others."""
+    """A key that the hooks of replicas share which wait for each other, and no other hooks."""
 
     def includes(self, variable: Variable) -> bool:
-        """Whether the hook has anything to do for this variable."""
+        """Returns `True` if the hook is for this variable."""
         raise NotImplementedError
 
     def before_update(self, gradient: Any, variable: tf.Variable) -> None:
@@ -27,14 +28,14 @@ class StepHook:
 
 
 def before_updates(optimizer: keras.optimizers.Optimizer, hook: StepHook) -> AbstractContextManager:
-    """While this lasts, and in this thread, a hook is called right before an optimizer updates a variable.
+    """Returns a context manager in which an optimizer calls a hook right before it updates a variable, in this thread.
 
     With the gradient that it then uses, after everything that can change a gradient or skip a step: accumulation,
     clipping, loss scaling, the sum over replicas.
 
     Args:
         optimizer: One that wraps no other. It is changed.
-        hook: What to call.
+        hook: The hook.
     """
     return _during_step(optimizer, "_freezeops_before_updates", {"update_step": _update_with_hook}, hook)
 
@@ -46,15 +47,15 @@ def _update_with_hook(self: Any, replaced: Callable[..., Any], gradient: Any, va
 
 
 class UpdateHook:
-    """What updates variables all at once in a step, see `updating_together`."""
+    """A hook for `updating_together`: updates variables of a step all at once."""
 
     @property
     def identity(self) -> Hashable:
-        """The same for the hooks of replicas that wait for each other, and for no others."""
+        """A key that the hooks of replicas share which wait for each other, and no other hooks."""
         raise NotImplementedError
 
     def includes(self, variable: Variable) -> bool:
-        """Whether the hook updates this variable."""
+        """Returns `True` if the hook updates this variable."""
         raise NotImplementedError
 
     def update(
@@ -70,17 +71,19 @@ class UpdateHook:
         raise NotImplementedError
 
 
-def can_update_together(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether `updating_together` knows how this version of Keras updates variables."""
-    return all(callable(getattr(type(optimizer), name, None)) for name in _UPDATES)
+def can_update_together() -> bool:
+    """Returns `True` if `updating_together` knows how this version of Keras updates variables."""
+    return contract.is_on(contract.FUSED)
 
 
 def updating_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -> AbstractContextManager:
-    """While this lasts, and in this thread, a hook updates the variables that it includes, all of a step at once.
+    """Returns a context manager in which a hook updates the variables that it includes, all of a step at once.
+
+    In this thread alone.
 
     Args:
         optimizer: One that wraps no other. It is changed.
-        hook: What to call.
+        hook: The hook.
     """
     return _during_step(optimizer, "_freezeops_updates", _UPDATES, hook)
 
@@ -89,7 +92,7 @@ def updating_together(optimizer: keras.optimizers.Optimizer, hook: UpdateHook) -
 def _during_step(
     optimizer: Any, name: str, methods: Mapping[str, Callable[..., Any]], hook: StepHook | UpdateHook
 ) -> Iterator[None]:
-    """Puts methods before those of an optimizer, for good; and for a while a hook that they find by `_hook_now`.
+    """Puts methods before those of an optimizer, for good, and lets them find a hook with `_hook_now`, for a while.
 
     What somebody has put on the instance is called as before.
 
@@ -139,14 +142,14 @@ class _Hooked:
 
 
 def _behind_hooks(method: Any) -> Any:
-    """What somebody put on an instance, or the hook where nobody did."""
+    """Returns the method that somebody put on an instance; the hook itself if nobody did."""
     while isinstance(method, _Hooked) and method.on_instance is not None:
         method = method.on_instance
     return method
 
 
 def _hook_now(optimizer: Any, name: str, variables: Sequence[Variable]) -> Any:
-    """The hook of this thread's step, or of the step that this thread works for; `None` where there is none.
+    """Returns the hook of this thread's step, or of the step that this thread works for; `None` if there is none.
 
     Args:
         optimizer: What has the hook.
@@ -191,4 +194,4 @@ _UPDATES: dict[str, Callable[..., None]] = {
     "_apply_weight_decay": _decay_others,
     "_distributed_tf_update_step": _update_others,
 }
-"""By name: what `updating_together` puts before methods of an optimizer."""
+"""By name, the methods that `updating_together` puts before those of an optimizer."""

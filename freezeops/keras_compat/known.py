@@ -1,4 +1,4 @@
-"""Optimizers whose code is known to be Keras's own, and what such a one writes."""
+"""Tells optimizers that run Keras's own code from those that may write anything."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from freezeops.keras_compat.wrapped import _MULTI_OPTIMIZER, _wraps, base_optimi
 
 
 def replaced_methods(optimizer: keras.optimizers.Optimizer) -> list[str]:
-    """Methods of an optimizer of Keras's that somebody replaced: on the instance or, of a step, on the class."""
+    """Returns the names of an optimizer's methods that somebody replaced.
+
+    Any on the instance; those of a step on the class, too.
+    """
     cls = type(optimizer)
     on_instance = [
         name
@@ -23,19 +26,19 @@ def replaced_methods(optimizer: keras.optimizers.Optimizer) -> list[str]:
 
 
 def _is_from(package: str | tuple[str, ...], function: Any) -> bool:
-    """Whether a function was defined in a package (one of several), and does not stand before one that was."""
+    """Returns `True` if a function was defined in a package (one of several) and wraps no other function."""
     own = (getattr(function, "__module__", None) or "").startswith(package)
     return own and not hasattr(function, "__wrapped__")
 
 
 def unknown_wrappers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
-    """What wraps an optimizer, of a class that may do more than Keras's own wrappers: write variables, for example."""
+    """Returns the wrappers of a class other than Keras's own, which may do more: write variables, for example."""
     known = keras.optimizers.LossScaleOptimizer, _MULTI_OPTIMIZER
     return [part for part in wrapped_optimizers(optimizer) if _wraps(part) and type(part) not in known]
 
 
 def writes_only_given(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether a step writes no variables but those that it is given with a gradient.
+    """Returns `True` if a step writes no variables but those that it is given with a gradient.
 
     So it is for Keras's own optimizers, unless they put averages into all variables now and then. Any other may write
     whatever it was built with.
@@ -48,21 +51,4 @@ def writes_only_given(optimizer: keras.optimizers.Optimizer) -> bool:
             and not (base.use_ema and base.ema_overwrite_frequency)
             for base in base_optimizers(optimizer)
         )
-    )
-
-
-def writes_only_rows_with_gradients(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether a step writes no row of a variable but those that its `IndexedSlices` name.
-
-    Of Keras's optimizers that is plain SGD alone: every other one has slots that it
-    updates densely, and moves the variable by them.
-    """
-    return all(
-        type(base) is keras.optimizers.SGD
-        and not base.momentum
-        and base.weight_decay is None  # with 0.0 Keras still writes every row
-        and not base.use_ema
-        and not base.gradient_accumulation_steps
-        and not base.global_clipnorm  # by which the gradient becomes dense
-        for base in base_optimizers(optimizer)
     )

@@ -6,11 +6,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Variable, is_variable
 
 
 def moving_state(target: Any) -> list[Variable]:
-    """Float state that a layer updates by itself while it is trainable; of anything else, none.
+    """Returns the float state that a layer updates by itself while it is trainable; of anything else, none.
 
     Args:
         target: A layer of Keras or of tf_keras, or something else.
@@ -24,7 +25,7 @@ def moving_state(target: Any) -> list[Variable]:
 
 
 def rewritten_weights(target: Any) -> list[Variable]:
-    """Weights that layers of known classes assign in their forward pass, trainable or not; of anything else, none.
+    """Returns the weights that layers of known classes assign in their forward pass; of anything else, none.
 
     Args:
         target: A layer of Keras or of tf_keras, or something else.
@@ -40,4 +41,5 @@ def rewritten_weights(target: Any) -> list[Variable]:
 
 
 def _layers_of(target: Any) -> Iterator[Any]:
-    return iter(target._flatten_layers() if hasattr(target, "_flatten_layers") else ())
+    known = contract.is_on(contract.WRITES) and hasattr(target, "_flatten_layers")
+    return iter(target._flatten_layers() if known else ())

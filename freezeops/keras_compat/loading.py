@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import is_variable, variable_path
 from freezeops.keras_compat.wrapped import wrapped_optimizers
 
 
 class WeightsFile(NamedTuple):
-    """What Keras loads at the moment.
+    """The weights file that Keras is loading.
 
     Attributes:
         model: The model; `None` where nothing is loaded, or that cannot be told.
-        skip_mismatch: Whether what does not fit is to be skipped.
+        skip_mismatch: `True` if what does not fit is to be skipped.
         token: The same during one load; `None` where nothing is loaded.
     """
 
@@ -25,10 +26,12 @@ class WeightsFile(NamedTuple):
 
 
 def weights_being_loaded() -> WeightsFile:
-    """What `load_weights` was called with, or `load_model` loads, if this is called by it.
+    """Returns the file that `load_weights` or `load_model` is loading, if this is called by it.
 
     Keras hands it to nobody; but it is on the call stack while optimizers load their state.
     """
+    if not contract.is_on(contract.FILES):
+        return WeightsFile()
     frame = inspect.currentframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -41,14 +44,14 @@ def weights_being_loaded() -> WeightsFile:
 
 
 def paths_of_model(optimizer: Any) -> set[str]:
-    """The paths of all variables, trained or not, of the model that an optimizer is for, where it is at hand.
+    """Returns the paths of all variables, trained or not, of the model that an optimizer is for, if it is at hand.
 
     That is, where the model builds the optimizer or loads a file, or a checkpoint is restored: it is on the call stack.
     """
     frame = inspect.currentframe()
     while frame is not None:
-        for name in ("self", "model"):
-            candidate: Any = frame.f_locals.get(name)
+        candidate: Any
+        for candidate in (frame.f_locals.get("self"), frame.f_locals.get("model")):
             inner = getattr(candidate, "optimizer", None) if hasattr(candidate, "trainable_variables") else None
             if inner is not None and any(part is optimizer for part in wrapped_optimizers(inner)):
                 return {variable_path(variable) for variable in candidate.variables if is_variable(variable)}

@@ -1,9 +1,14 @@
 """Options of the inner optimizer, read from the optimizer around it and set on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from freezeops.keras_compat.wrapped import is_multi_optimizer, wrapped_optimizers
+import keras
+import tensorflow as tf
+
+from freezeops.keras_compat.stored_state import store_scalers_around
+from freezeops.keras_compat.variables import Variable
+from freezeops.keras_compat.wrapped import base_optimizers, is_multi_optimizer, wrapped_optimizers
 
 
 class InnerOption:
@@ -24,7 +29,7 @@ class InnerOption:
 
 
 class InnerOptions:
-    """Lends a wrapper the options of what it wraps: a mix-in.
+    """Mix-in that gives a wrapper the options of the optimizer that it wraps.
 
     Those that every optimizer has, and by their names those that only the inner one has, such as
     `beta_1` or a loss scaler's `dynamic_growth_steps`. Functions that were traced before go on
@@ -69,7 +74,7 @@ class InnerOptions:
         return wrapped_optimizers(self.inner_optimizer)
 
     def _option_owner(self, name: str) -> Any:
-        """The optimizer that an option is of.
+        """Returns the optimizer that an option belongs to.
 
         Raises:
             AttributeError: If there are several.
@@ -84,9 +89,9 @@ class InnerOptions:
         return inside[-1]
 
     def _owner_of_its_own(self, name: str) -> Any:
-        """What is wrapped and has a public attribute that this one has not; `None` where nothing has."""
-        # `_state` is the first attribute of this one's own that is private: before, it is not all there.
-        if name.startswith("_") or "_state" not in vars(self):
+        """Returns the wrapped optimizer with a public attribute that this one has not; `None` if none has it."""
+        # `_registry` is the first attribute of this one's own that is private: before, it is not all there.
+        if name.startswith("_") or "_registry" not in vars(self):
             return None
         for part in self._inside():
             if not is_multi_optimizer(part) and hasattr(part, name):
@@ -111,8 +116,60 @@ class InnerOptions:
         setattr(optimizer, name, value)
 
 
+class KerasWrapper(InnerOptions):
+    """Hands on to the inner optimizer all that Keras 3 asks of an optimizer around a step: a mix-in."""
+
+    inner_optimizer: keras.optimizers.Optimizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss_scale_factor":
+            # Past Keras, which drops a value that is there already: the setter is to see every scaler put around.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @tf.autograph.experimental.do_not_convert
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
+        """Returns the loss, scaled as the inner optimizer wants it."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """The inner optimizer's; whatever wraps this one switches it off by setting `None`."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: float | None) -> None:
+        # The base class sets its own default before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            # A `LossScaleOptimizer` sets it as it wraps this one.
+            store_scalers_around(KerasWrapper)
+            self.inner_optimizer.loss_scale_factor = factor
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> Any:
+        """The inner optimizer's count of steps."""
+        return self.inner_optimizer.iterations
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from the inner optimizer's weight decay; see Keras."""
+        for optimizer in base_optimizers(self.inner_optimizer):
+            optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+
 _SLOTS = {
     "use_ema": "_model_variables_moving_average",
     "gradient_accumulation_steps": "_accumulated_gradients",
 }
-"""By the option that needs them: where an optimizer has its slots."""
+"""By option, the attribute that holds the slots it needs."""

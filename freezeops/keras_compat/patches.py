@@ -3,18 +3,21 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import keras
 
+from freezeops.keras_compat import contract
+from freezeops.keras_compat.inspection import mentions
 from freezeops.keras_compat.variables import Variable
-from freezeops.keras_compat.wrapped import base_optimizers, wrapped_optimizers
+from freezeops.keras_compat.wrapped import base_optimizers, trained_variables, wrapped_optimizers
 
 
 def loss_scaler_that_builds(
     optimizer: keras.optimizers.Optimizer,
 ) -> keras.optimizers.LossScaleOptimizer | None:
-    """The `LossScaleOptimizer` that wraps an optimizer, if it is now building it.
+    """Returns the `LossScaleOptimizer` that wraps an optimizer, if it is building it just now.
 
     `compile` makes the wrapper by itself under `mixed_float16`, and nothing points
     from the inner optimizer to it; but it is on the call stack when it builds.
@@ -42,13 +45,13 @@ def mask_before_loss_scaling(
     scaler: keras.optimizers.LossScaleOptimizer,
     mask: Callable[[Sequence[Any], Sequence[Variable] | None], list[Any]],
 ) -> None:
-    """Has a `LossScaleOptimizer` mask gradients before it looks whether they are finite.
+    """Makes a `LossScaleOptimizer` mask gradients before it checks that they are finite.
 
     Args:
         scaler: The wrapper. It is changed, once.
         mask: Masks gradients, given the variables or `None` for all.
     """
-    if "_tf_apply" in vars(scaler):
+    if "_tf_apply" in vars(scaler) or not contract.is_on(contract.SCALER):
         return
     apply = scaler._tf_apply
 
@@ -58,18 +61,28 @@ def mask_before_loss_scaling(
     scaler._tf_apply = masked_apply
 
 
-def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
-    """Has Keras's `SwapEMAWeights` do its work inside of a guard, and on the optimizers that have averages.
+Around = Callable[[Any], AbstractContextManager | None]
+"""Gives a context manager for a model's optimizer; `None` for those that it does not know."""
+
+
+def guard_swaps(optimizer: keras.optimizers.Optimizer, around: Around) -> None:
+    """Makes Keras's `SwapEMAWeights` keep frozen entries, and find averages behind several wrappers.
 
     It swaps a variable with its average by adding and subtracting, which turns -0.0
     into 0.0 and an infinity into NaN, and gives nobody a say. And it looks behind one
-    wrapper only. Changes the callback's class, once; for optimizers that `around` does not
-    know it does what it did.
+    wrapper only. Changes the callback's class, once, and only for the first optimizer that has averages; for
+    optimizers that `around` does not know the callback does what it did.
 
     Args:
-        around: Gives a context manager for a model's optimizer; `None` for those that it does not know.
+        optimizer: The inner optimizer, built. Without a moving average nothing is changed: Keras refuses the callback.
+        around: What is around a swap.
     """
+    if not any(base.use_ema for base in base_optimizers(optimizer)):
+        return
     callback = keras.callbacks.SwapEMAWeights
+    if not contract.is_on(contract.SWAP):
+        _refuse_swaps(callback, around)
+        return
 
     def guarded(all_of: Callable[[Any], None], of_one: str) -> Callable[[Any], None]:
         def call(self: Any) -> None:
@@ -85,7 +98,7 @@ def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
                 )
             with guard:
                 for base in averaging:
-                    getattr(self, of_one)(base)
+                    _for_variables_of(base, self, of_one)(base)
 
         call._freezeops_guard = True  # type: ignore[attr-defined]
         return call
@@ -97,3 +110,33 @@ def guard_swaps(around: Callable[[Any], AbstractContextManager | None]) -> None:
         method = getattr(callback, name)
         if not hasattr(method, "_freezeops_guard"):
             setattr(callback, name, guarded(method, of_one))
+
+
+def _for_variables_of(optimizer: keras.optimizers.Optimizer, callback: Any, name: str) -> Callable[[Any], None]:
+    """Returns a method of the callback that pairs averages with the variables of their optimizer.
+
+    Before Keras 3.15 it pairs them with the trainable variables of the model, in order: others with compact state, and
+    where some are frozen permanently.
+    """
+    method = getattr(type(callback), name)
+    if mentions(method, "_trainable_variables"):
+        return method.__get__(callback)
+    return method.__get__(SimpleNamespace(model=SimpleNamespace(trainable_variables=trained_variables(optimizer))))
+
+
+def _refuse_swaps(callback: type, around: Around) -> None:
+    """Makes `SwapEMAWeights` raise before it swaps anything in a model with an optimizer that `around` knows."""
+
+    def refusing(method: Callable[..., None]) -> Callable[..., None]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> None:
+            if around(self.model.optimizer) is not None:
+                contract.check(contract.SWAP, "SwapEMAWeights with a MaskedOptimizer")
+            method(self, *args, **kwargs)
+
+        call._freezeops_guard = True  # type: ignore[attr-defined]
+        return call
+
+    for name in ("on_epoch_end", "on_test_begin", "on_predict_begin"):
+        method = getattr(callback, name)
+        if not hasattr(method, "_freezeops_guard"):
+            setattr(callback, name, refusing(method))

@@ -1,4 +1,4 @@
-"""How the state of wrapped optimizers is stored: once, found by path, and refused where it does not fit.
+"""Stores the state of wrapped optimizers once, finds it by path, and refuses what does not fit.
 
 Keras itself stores what a `LossScaleOptimizer` wraps twice, finds slots by position, and skips with a warning what does
 not fit, or what comes before the optimizer is built. Here a `MaskedOptimizer` that loads a file hands a `Load` to each
@@ -32,14 +32,14 @@ class Load:
     """One load of a `MaskedOptimizer` and the optimizers inside.
 
     Attributes:
-        skip: Whether to do without what does not fit.
+        skip: `True` to do without what does not fit.
         own: For each optimizer inside, by `id`: the names of its own variables.
         saved: For each, by `id`: the names in the file, with positions of variables that are here; -1: not here. None
             where the file has none, or was saved by an optimizer of another class.
         fit: Brings stored values into the shape of a slot.
-        undo: What takes everything back, in reverse order.
-        refused: Whether the masks did not fit: then nothing else is loaded.
-        done: Whether the state of the optimizers inside has been loaded already.
+        undo: Calls that take everything back, in reverse order.
+        refused: `True` if the masks did not fit: then nothing else is loaded.
+        done: `True` if the state of the optimizers inside has been loaded already.
         left: How many arrays of a bare optimizer's file nobody has taken yet.
         take_masks: Loads the masks of a file that was saved with a scaler outside, which is inside now.
         last: The `id` of the optimizer inside that comes last, behind which nothing can fail.
@@ -57,7 +57,7 @@ class Load:
     take_masks: Callable[[Mapping[str, np.ndarray]], None] | None = None
 
     def take_back(self) -> None:
-        """Makes everything what it was before this load."""
+        """Sets everything back to what it was before this load."""
         while self.undo:
             self.undo.pop()()
 
@@ -67,11 +67,11 @@ _OF_A_SCALER = 3
 
 
 class _Waiting(NamedTuple):
-    """What was loaded before the optimizer was built.
+    """State that was loaded before the optimizer was built.
 
     Attributes:
         arrays: In the order of the file.
-        skip: Whether to do without what does not fit.
+        skip: `True` to do without what does not fit.
     """
 
     arrays: list[np.ndarray]
@@ -92,7 +92,7 @@ def store_once_and_check(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def store_scalers_around(cls: type) -> None:
-    """Has each `LossScaleOptimizer` that wraps an optimizer of a class do the same.
+    """Changes the same of each `LossScaleOptimizer` that wraps an optimizer of a class.
 
     `compile` makes them by itself, and state may be loaded before they are built.
     Changes Keras's class, once; around other optimizers it does what it did.
@@ -156,7 +156,7 @@ def _load_bare(load: Load, optimizer: keras.optimizers.Optimizer, arrays: list[n
 
 
 def is_waiting(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether something was loaded before the optimizer was built."""
+    """Returns `True` if something was loaded before the optimizer was built."""
     return "_freezeops_bare" in vars(optimizer) or "_freezeops_waiting" in vars(optimizer)
 
 
@@ -203,7 +203,7 @@ def assign_waiting(optimizer: keras.optimizers.Optimizer, load: Load | None = No
 def names_of(
     optimizer: keras.optimizers.Optimizer, paths: Sequence[str], positions: Mapping[int, int]
 ) -> list[SlotName]:
-    """The names of an optimizer's own variables.
+    """Returns the names of an optimizer's own variables.
 
     Args:
         optimizer: The optimizer, built.
@@ -234,7 +234,7 @@ def _is_wrapper(optimizer: Any) -> bool:
 
 
 def _is_around_masked(optimizer: Any) -> bool:
-    """Whether this is a `LossScaleOptimizer` around a `MaskedOptimizer`."""
+    """Returns `True` for a `LossScaleOptimizer` around a `MaskedOptimizer`."""
     return hasattr(getattr(optimizer, "inner_optimizer", None), "load_shifted") and _is_wrapper(optimizer)
 
 
@@ -245,13 +245,13 @@ def _own_variables(optimizer: Any) -> list[keras.Variable]:
 
 
 def _is_untrained(optimizer: Any, arrays: list[np.ndarray]) -> bool:
-    """Whether arrays were saved by an optimizer that was not built."""
+    """Returns `True` if arrays were saved by an optimizer that was not built."""
     before_build = 1 + isinstance(getattr(optimizer, "_learning_rate", None), keras.Variable)
     return not arrays or (len(arrays) == before_build and not arrays[0].any())
 
 
 def _all_variables(optimizer: Any) -> Iterator[tuple[Any, int]]:
-    """Each of an optimizer's `variables`, as what owns it and its number there."""
+    """Yields an optimizer's `variables`, each as its owner and its number there."""
     own = _own_variables(optimizer)
     yield from ((optimizer, number) for number in range(len(own)))
     if hasattr(optimizer, "inner_optimizer"):
@@ -333,7 +333,7 @@ def _assign_scaler(scaler: Any, arrays: list[np.ndarray], skip: bool) -> None:
 
 
 class _Plan(NamedTuple):
-    """What to assign to an optimizer's variables.
+    """Values to assign to an optimizer's variables.
 
     Attributes:
         optimizer: The optimizer.
@@ -347,7 +347,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(optimizer: Any, arrays: list[np.ndarray], load: Load) -> _Plan:
-    """What to assign, with nothing changed yet."""
+    """Returns the values to assign, with nothing changed yet."""
     variables = _own_variables(optimizer)
     saved, own = load.saved.get(id(optimizer)), load.own.get(id(optimizer))
     values: list[tuple[keras.Variable, np.ndarray]] = []

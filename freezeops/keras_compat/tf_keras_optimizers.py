@@ -1,4 +1,4 @@
-"""What freezeops uses of the insides of tf_keras, which is Keras 2, and what tf_keras expects of an optimizer.
+"""Private parts of tf_keras (Keras 2): those that freezeops uses, and those that tf_keras expects of an optimizer.
 
 Read in tf_keras 2.21.0: `optimizers/optimizer.py` and `mixed_precision/loss_scale_optimizer.py`.
 """
@@ -12,17 +12,20 @@ from freezeops.keras_compat.variables import Variable
 
 
 class TfKerasWrapper:
-    """What tf_keras calls of an optimizer, for one that wraps another: a mix-in before tf_keras's class."""
+    """Mix-in with the private methods that tf_keras calls of an optimizer, for one that wraps another.
+
+    It comes before tf_keras's class.
+    """
 
     inner_optimizer: Any
     iterations: Any
 
     def _create_iteration_variable(self) -> None:
-        """The inner optimizer counts."""
+        """Creates nothing: the inner optimizer counts."""
 
     @property
     def _learning_rate(self) -> Any:
-        """Where tf_keras's `TensorBoard` callback looks for a schedule."""
+        """The inner optimizer's schedule, for tf_keras's `TensorBoard` callback."""
         return base_optimizer(self.inner_optimizer)._learning_rate
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
@@ -52,12 +55,12 @@ def base_optimizer(optimizer: Any) -> Any:
 
 
 def is_built(optimizer: Any) -> bool:
-    """Returns whether an optimizer of tf_keras that wraps no other is built."""
+    """Returns `True` if an optimizer of tf_keras that wraps no other is built."""
     return getattr(optimizer, "_built", False)
 
 
 def knows(optimizer: Any, variable: Variable) -> bool:
-    """Returns whether an optimizer of tf_keras was built with a variable."""
+    """Returns `True` if an optimizer of tf_keras was built with a variable."""
     return optimizer._var_key(variable) in optimizer._index_dict
 
 
@@ -67,7 +70,7 @@ def average_of(optimizer: Any, variable: Variable) -> Any:
 
 
 def is_for_dtensor(optimizer: Any) -> bool:
-    """Returns whether an optimizer of tf_keras is one for DTensor."""
+    """Returns `True` if an optimizer of tf_keras is one for DTensor."""
     return optimizer._mesh is not None or optimizer._run_with_dtensor
 
 

@@ -6,19 +6,23 @@ from typing import Any
 
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
 from freezeops.keras_compat.variables import Variable, _whole, tf_variable
 
 
 def traced_function() -> Any:
-    """The function's graph that operations are added to now; `None` where they run at once."""
-    if tf.executing_eagerly():
+    """Returns the function's graph that operations are added to now; `None` where they run at once.
+
+    Also `None` where this version of TensorFlow says nothing of what a function writes.
+    """
+    if tf.executing_eagerly() or not contract.is_on(contract.WRITES):
         return None
     graph = tf.compat.v1.get_default_graph()
     return graph if graph.building_function else None
 
 
 def outermost_traced_function() -> Any:
-    """As `traced_function`, of the outermost of the functions that are being traced."""
+    """Returns as `traced_function`, of the outermost of the functions that are being traced."""
     graph = traced_function()
     while graph is not None and getattr(graph.outer_graph, "building_function", False):
         graph = graph.outer_graph
@@ -26,13 +30,13 @@ def outermost_traced_function() -> Any:
 
 
 def when_traced(graph: Any, call: Callable[[], None]) -> None:
-    """Calls something when a function has been traced, before it runs; never, where TensorFlow has no way for it."""
+    """Calls something once a function is traced, before it runs; never if TensorFlow has no way for it."""
     if getattr(graph, "_scope_exit_callbacks", None) is not None:
         graph._add_scope_exit_callback(call)
 
 
 def read_variables(graph: Any) -> list[tf.Variable]:
-    """The variables that a function reads, and those that are read in functions that it calls."""
+    """Returns the variables that a function reads, functions that it calls included."""
     watched = map(_whole, getattr(graph, "_watched_variables", ()))
     return list({id(variable): variable for variable in watched}.values())
 
@@ -56,7 +60,7 @@ _CALLING = {
 def written_variables(
     graph: Any, variables: Sequence[Variable], passed_over: Callable[[Any], set[str]]
 ) -> list[Variable]:
-    """Which variables a traced function writes, functions that it calls included.
+    """Returns those of some variables that a traced function writes, functions that it calls included.
 
     Only operations that take one of these variables are looked at.
 
@@ -90,7 +94,7 @@ class _Search:
         self._kept: list[Any] = []
 
     def is_written(self, resource: tf.Tensor) -> bool:
-        """Whether a function, or one that it calls, writes the variable that is its argument here."""
+        """Returns `True` if a function, or one that it calls, writes the variable that is its argument here."""
         if id(resource) not in self._answers:
             self._kept.append(resource)
             self._answers[id(resource)] = any(self._writes(each, resource) for each in resource.consumers())
@@ -126,7 +130,7 @@ class _Search:
 
 
 def _is_initializing(operation: tf.Operation) -> bool:
-    """Whether this gives a variable that was created as the function was traced its first value."""
+    """Returns `True` for the operation that gives its first value to a variable created while tracing."""
     if operation.type not in ("If", "StatelessIf"):
         return False
     condition = operation.inputs[0].op

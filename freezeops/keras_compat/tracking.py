@@ -1,22 +1,29 @@
-"""What TensorFlow tracks of an object, for checkpoints and SavedModels."""
+"""Objects that say themselves what checkpoints and SavedModels hold of them."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
+
+from freezeops.keras_compat import contract
+from freezeops.keras_compat.inspection import find
+
+try:
+    _AutoTrackable: Any = tf.__internal__.tracking.AutoTrackable
+except AttributeError:
+    _AutoTrackable = object  # what is wrong is said as an optimizer is made, by the contract
 
 
-class Tracked(tf.__internal__.tracking.AutoTrackable):
-    """An object that says itself what checkpoints and SavedModels hold of it; its attributes are not tracked."""
+class Tracked(_AutoTrackable):
+    """Base class of objects whose `children` are saved, and whose attributes are not."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Past the tracking of attributes.
         object.__setattr__(self, name, value)
 
     def children(self, save_type: str) -> dict[str, Any]:
-        """Returns what is saved, by name.
+        """Returns the objects that are saved, by name.
 
         Args:
             save_type: `"checkpoint"` or `"savedmodel"`.
@@ -35,8 +42,8 @@ class Tracked(tf.__internal__.tracking.AutoTrackable):
         return self.child_to_restore(name)
 
 
-class Ignored(tf.__internal__.tracking.AutoTrackable):
-    """Takes the place of a variable that only a checkpoint has, so that it counts as consumed.
+class Ignored(_AutoTrackable):
+    """Stands for a variable that only the checkpoint has, so that it counts as consumed.
 
     Args:
         dtype: The variable's.
@@ -50,7 +57,7 @@ class Ignored(tf.__internal__.tracking.AutoTrackable):
         return {"VARIABLE_VALUE": tf.zeros([0], self._ignored_dtype)}
 
     def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
-        """Nothing is done with it."""
+        """Drops the values."""
 
 
 def checkpoint_being_restored() -> Any:
@@ -59,7 +66,7 @@ def checkpoint_being_restored() -> Any:
     Returns:
         TensorFlow's object: its `checkpoint`, and the node of the object in `object_proto`.
     """
-    frame = inspect.currentframe()
+    frame = inspect.currentframe() if contract.is_on(contract.OLD_CHECKPOINTS) else None
     while frame is not None:
         if (position := frame.f_locals.get("checkpoint_position")) is not None:
             return position
@@ -72,5 +79,10 @@ def object_graph_nodes(reader: Any) -> Any:
 
     Args:
         reader: Of the checkpoint, from `tf.train.load_checkpoint`.
+
+    Raises:
+        RuntimeError: If this version of TensorFlow has another kind of them.
     """
-    return TrackableObjectGraph.FromString(bytes(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))).nodes
+    contract.check(contract.OLD_CHECKPOINTS, "a checkpoint without layouts of masks")
+    graph = find("tensorflow.core.protobuf.trackable_object_graph_pb2.TrackableObjectGraph")
+    return graph.FromString(bytes(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))).nodes

@@ -1,29 +1,32 @@
 """TensorFlow's variables behind Keras's: replicas, identities, shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from freezeops.keras_compat import contract
+
 Variable = Any
 """A `keras.Variable` or a `tf.Variable`."""
 
 
 def tf_variable(variable: Variable) -> tf.Variable:
-    """The TensorFlow variable behind a Keras variable, or the variable itself."""
+    """Returns the TensorFlow variable behind a Keras variable, or the variable itself."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def check_strategy(strategy: tf.distribute.Strategy) -> None:
-    """Raises where variables live on parameter servers.
+    """Raises for a strategy under which frozen entries cannot be kept.
 
     Their workers update them without waiting for each other: what one remembers another
     may write before it is put back.
 
     Raises:
         NotImplementedError: For such a strategy.
+        RuntimeError: For one with several replicas, if this version of TensorFlow has them otherwise.
     """
     names = {cls.__name__ for cls in type(strategy).__mro__}
     if names & {"ParameterServerStrategyV2", "ParameterServerStrategyV1", "CentralStorageStrategy"}:
@@ -31,10 +34,12 @@ def check_strategy(strategy: tf.distribute.Strategy) -> None:
             "The strategy must be one without parameter servers: tf.distribute.MirroredStrategy or "
             f"MultiWorkerMirroredStrategy, for example. Received: {type(strategy).__name__}"
         )
+    if strategy.num_replicas_in_sync > 1:
+        contract.check(contract.REPLICAS, f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} replicas")
 
 
 def components(variable: Variable) -> list[tf.Variable]:
-    """The TensorFlow variables that hold a variable where this is called.
+    """Returns the TensorFlow variables that hold a variable where this is called.
 
     Under a `tf.distribute.Strategy` with replicas: in a replica its own copy, outside
     of them all copies of this process. Otherwise the variable itself.
@@ -52,13 +57,13 @@ def components(variable: Variable) -> list[tf.Variable]:
 
 
 def replica_number() -> int | None:
-    """The number of the replica that this is called in, 0 where there is one; `None` outside of all."""
+    """Returns the number of the replica that this is called in, 0 if there is one alone; `None` outside of all."""
     context = tf.distribute.get_replica_context()
     return None if context is None else int(tf.get_static_value(context.replica_id_in_sync_group))
 
 
 def component_beside(other: Variable, variable: Variable, component: tf.Variable) -> tf.Variable:
-    """The copy of another variable that lies where `component` is the copy of `variable`."""
+    """Returns the copy of another variable on the replica whose copy of `variable` is `component`."""
     other = tf_variable(other)
     if not isinstance(other, tf.distribute.DistributedValues):
         return other
@@ -67,7 +72,7 @@ def component_beside(other: Variable, variable: Variable, component: tf.Variable
 
 
 def state_variable(values: np.ndarray, name: str) -> keras.Variable:
-    """A non-trainable variable of integers, mirrored under a `tf.distribute.Strategy`.
+    """Returns a non-trainable variable of integers, mirrored under a `tf.distribute.Strategy`.
 
     Where there are several workers, it begins with the chief's values in all of them, as
     other variables do. TensorFlow 2.21 cannot broadcast unsigned integers, so they travel as
@@ -96,7 +101,7 @@ def state_variable(values: np.ndarray, name: str) -> keras.Variable:
 
 
 def stand_in(variable: Variable, shape: Sequence[int]) -> keras.Variable:
-    """A variable of another shape that an optimizer takes for the given one.
+    """Returns a variable of another shape that an optimizer takes for the given one.
 
     It has its name, its path and its identity, by which optimizers find their slots and
     which variables are excluded from weight decay. It begins with zeros.
@@ -130,36 +135,37 @@ def reshape_variable(variable: keras.Variable, values: np.ndarray, beside: Varia
         values: The new values.
         beside: A variable on the same device.
     """
-    with tf.distribute.get_strategy().extended.colocate_vars_with(tf_variable(beside)):
-        variable._initialize(lambda: tf.constant(values, variable.dtype))
+    # Before the values: Keras 3.16 makes them in this shape.
     variable._shape = tuple(values.shape)
     variable._ndim = values.ndim
+    with tf.distribute.get_strategy().extended.colocate_vars_with(tf_variable(beside)):
+        variable._initialize(lambda: tf.constant(values, variable.dtype))
 
 
 def empty_variable(variable: Variable) -> None:
-    """Takes all values out of a variable, so that every function that was traced with it fails."""
+    """Empties a variable, so that every function that was traced with it fails."""
     value = tf_variable(variable)
     for copy in value.values if isinstance(value, tf.distribute.DistributedValues) else [value]:
         tf.raw_ops.AssignVariableOp(resource=copy.handle, value=tf.zeros([0], copy.dtype), validate_shape=False)
 
 
 def shape_now(variable: Variable) -> tf.Tensor:
-    """The shape of a variable as it is when a function runs, whatever it was when that was traced; int32."""
+    """Returns the shape of a variable as it is when a function runs, not as it was traced: an int32 tensor."""
     return tf.raw_ops.VariableShape(input=components(variable)[0].handle)
 
 
 def is_variable(x: Any) -> bool:
-    """Whether `x` is a Keras or TensorFlow variable."""
+    """Returns `True` for a Keras or TensorFlow variable."""
     return isinstance(x, keras.Variable | tf.Variable)
 
 
 def variable_key(variable: Variable) -> str:
-    """The same for a Keras variable, its TensorFlow variable and each of its replicas."""
+    """Returns one key for a Keras variable, its `tf.Variable` and every replica copy."""
     return _whole(variable)._unique_id
 
 
 def _whole(variable: Variable) -> tf.Variable:
-    """The TensorFlow variable; of a replica's own copy the one of all replicas."""
+    """Returns the TensorFlow variable; for the copy of one replica, the variable of all replicas."""
     variable = tf_variable(variable)
     if not isinstance(variable, tf.distribute.DistributedValues):
         # A copy knows its container; it is attached to the copy or to its handle.
@@ -171,26 +177,41 @@ def _whole(variable: Variable) -> tf.Variable:
 
 
 def variable_path(variable: Variable) -> str:
-    """A Keras variable's `path`; a TensorFlow variable's name without `:0`."""
+    """Returns a Keras variable's `path`, or a TensorFlow variable's name without `:0`."""
     if isinstance(variable, keras.Variable):
         return variable.path
     return variable.name.removesuffix(":0")
 
 
 def numpy_of(variable: Variable) -> np.ndarray:
-    """A variable's values, of the first copy that this process holds; also outside of a strategy's scope."""
+    """Returns a variable's values, of the first copy that this process holds; also outside of a strategy's scope."""
     return components(variable)[0].numpy()
 
 
 def device_of(variable: Variable) -> str:
-    """The device of a variable, or of its first copy."""
+    """Returns the device of a variable, or of its first copy."""
     variable = tf_variable(variable)
     return variable.values[0].device if isinstance(variable, tf.distribute.DistributedValues) else variable.device
 
 
 def dtype_name(variable: Variable) -> str:
-    """The dtype as text, such as `"float32"`."""
+    """Returns the dtype as text, such as `"float32"`."""
     return tf.as_dtype(variable.dtype).name
+
+
+class FunctionConstraint(keras.constraints.Constraint):
+    """A constraint that calls a function; Keras takes functions themselves from 3.15 on.
+
+    Args:
+        function: From a variable to the values that it is assigned.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __call__(self, w: Any) -> Any:
+        """Returns the function's values."""
+        return self.function(w)
 
 
 class Untracked:

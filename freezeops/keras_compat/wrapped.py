@@ -1,4 +1,4 @@
-"""Optimizers inside optimizers, and what a built one holds."""
+"""Optimizers inside optimizers, and the variables of built ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,12 +34,12 @@ def momentum_product(optimizer: Any) -> keras.Variable:
 
 
 def decays_weight(optimizer: keras.optimizers.Optimizer, variable: Variable) -> bool:
-    """Returns whether an optimizer with weight decay applies it to a variable."""
+    """Returns `True` if an optimizer with weight decay applies it to a variable."""
     return optimizer._use_weight_decay(variable)
 
 
 def hide_trained_variables(optimizer: keras.optimizers.Optimizer) -> None:
-    """Keeps what a built optimizer trains out of TensorFlow's checkpoints, and its list free to change."""
+    """Keeps the list of trained variables out of TensorFlow's checkpoints, and free to change."""
     for part in wrapped_optimizers(optimizer):
         variables = list(getattr(part, "_trainable_variables", []))
         if variables:
@@ -49,7 +49,7 @@ def hide_trained_variables(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def build_without_slots(optimizer: keras.optimizers.Optimizer, variables: Sequence[Variable]) -> None:
-    """What Keras's base class does as a wrapper is built, whose options are the inner optimizer's and need no slots."""
+    """Builds a wrapper as Keras's base class does, but without slots: its options are the inner optimizer's."""
     for i, variable in enumerate(variables):
         optimizer._trainable_variables_indices[optimizer._var_key(variable)] = i
     # Past Keras's and TensorFlow's tracking.
@@ -59,7 +59,7 @@ def build_without_slots(optimizer: keras.optimizers.Optimizer, variables: Sequen
 
 
 def replace_variable(optimizer: keras.optimizers.Optimizer, old: Variable, new: Variable) -> None:
-    """Has a built optimizer train another variable of the same identity, with the slots as they are."""
+    """Makes a built optimizer train another variable of the same identity, with the slots as they are."""
     for part in wrapped_optimizers(optimizer):
         for i, variable in enumerate(getattr(part, "_trainable_variables", [])):
             if variable is old:
@@ -82,7 +82,7 @@ class SlotRecord(NamedTuple):
 
 @contextmanager
 def recording_slots(optimizer: keras.optimizers.Optimizer) -> Iterator[list[SlotRecord]]:
-    """Notes the slots that an optimizer makes, by way of `add_variable_from_reference`, while this is entered."""
+    """Records the slots that an optimizer makes with `add_variable_from_reference`, while this is entered."""
     records: list[SlotRecord] = []
     parts = list(base_optimizers(optimizer))
     name = "add_variable_from_reference"
@@ -111,7 +111,7 @@ def recording_slots(optimizer: keras.optimizers.Optimizer) -> Iterator[list[Slot
 
 
 def base_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
-    """The optimizers that update variables, behind any wrappers."""
+    """Yields the optimizers that update variables, behind any wrappers."""
     return (part for part in wrapped_optimizers(optimizer) if not _wraps(part))
 
 
@@ -120,7 +120,7 @@ def _wraps(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 def wrapped_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
-    """An optimizer and all that it wraps, outermost first."""
+    """Yields an optimizer and all that it wraps, outermost first."""
     yield optimizer
     if hasattr(optimizer, "inner_optimizer"):
         yield from wrapped_optimizers(optimizer.inner_optimizer)
@@ -130,12 +130,12 @@ def wrapped_optimizers(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.
 
 
 def is_multi_optimizer(optimizer: Any) -> bool:
-    """Whether this is a `keras.optimizers.MultiOptimizer`."""
+    """Returns `True` for a `keras.optimizers.MultiOptimizer`."""
     return _MULTI_OPTIMIZER is not None and isinstance(optimizer, _MULTI_OPTIMIZER)
 
 
 def step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
-    """The variable that counts calls of `apply`, of the first optimizer that has a live one."""
+    """Returns the variable that counts calls of `apply`, of the first optimizer that has a live one."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer._iterations
@@ -147,14 +147,14 @@ def own_step_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
 
 
 def step_count(optimizer: keras.optimizers.Optimizer) -> int:
-    """How many updates an optimizer has made; accumulated gradients count once."""
+    """Returns the number of updates that an optimizer has made; accumulated gradients count once."""
     return int(np.asarray(optimizer.iterations))
 
 
 def average_slots(
     optimizer: keras.optimizers.Optimizer,
 ) -> Iterator[tuple[Variable, keras.Variable]]:
-    """Each variable with the slot of its moving average, for optimizers with `use_ema=True`."""
+    """Yields each variable with the slot of its moving average, for optimizers with `use_ema=True`."""
     for base in base_optimizers(optimizer):
         if not base.use_ema or not base.built:
             continue
@@ -167,7 +167,7 @@ def average_slots(
 def accumulators(
     optimizer: keras.optimizers.Optimizer,
 ) -> Iterator[tuple[Variable, keras.Variable]]:
-    """Each variable with its accumulated gradient, for optimizers that accumulate."""
+    """Yields each variable with its accumulated gradient, for optimizers that accumulate."""
     for base in base_optimizers(optimizer):
         if base.gradient_accumulation_steps and base.built:
             yield from zip(base._trainable_variables, base._accumulated_gradients, strict=True)

@@ -1,1 +1,1 @@
-"""Masks of single tensors: which bit governs which entry, and the bits. Knows neither TensorFlow nor Keras."""
+"""Masks of single tensors: their bits, layouts and how users name entries. Needs NumPy only."""

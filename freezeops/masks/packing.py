@@ -13,10 +13,10 @@ import numpy as np
 from freezeops import backend
 
 HOST_OPS = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
-"""The functions here that the host module can do, for `python -m freezeops`."""
+"""The functions here that the host module speeds up, for `python -m freezeops`."""
 
 RANK_BLOCK_BITS = 2048
-"""Bits of a mask for which ranks are counted together; `kRankBlockBits` in `csrc/mask_layout.h`."""
+"""Number of bits in a block of `rank_offsets`; `kRankBlockBits` in `csrc/mask_layout.h`."""
 
 _ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
@@ -25,7 +25,7 @@ _imported: tuple[ModuleType | None, str] | None = None
 
 
 def _import_host() -> tuple[ModuleType | None, str]:
-    """Returns the host module, if it can be imported, and what `host_status` says of it. Tries once."""
+    """Returns the host module, or None, and the text of `host_status`. Tries to import it once."""
     global _imported
     with _lock:
         if _imported is None:
@@ -37,15 +37,15 @@ def _import_host() -> tuple[ModuleType | None, str]:
 
 
 def host_module() -> ModuleType | None:
-    """Returns the host module (`pack`, `unpack`, `count`, `indices`), or None where NumPy does its work.
+    """Returns the host module (`pack`, `unpack`, `count`, `indices`), or None if NumPy does its work.
 
-    That is where it was not built (nothing is said about it) and with `FREEZEOPS_BACKEND=reference`.
+    NumPy does, without a warning, if the module was not built, and with `FREEZEOPS_BACKEND=reference`.
     """
     return None if backend.is_reference() else _import_host()[0]
 
 
 def host_status() -> str:
-    """Returns `"loaded"`, or why the host module is not in use."""
+    """Returns `"loaded"`, or the reason for not using the host module."""
     return "not in use: FREEZEOPS_BACKEND=reference" if backend.is_reference() else _import_host()[1]
 
 

@@ -6,9 +6,7 @@ environment, the twin in `freezeops.ops.reference` does. The environment is read
 every call, so at trace time inside `tf.function`.
 """
 
-import dataclasses
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import tensorflow as tf
@@ -16,29 +14,15 @@ import tensorflow as tf
 from freezeops import backend
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
-from freezeops.ops import native, reference, reference_updates
-from freezeops.ops.reference_updates import FusedVariable
+from freezeops.ops import gpu_check, native, reference, reference_updates
+from freezeops.ops.reference_updates import FusedOperand
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
 
-_OPS = (
-    "mask_gradient",
-    "mask_slices",
-    "remember_frozen",
-    "restore_frozen",
-    "gather_trainable",
-    "read_trainable",
-    "take_trainable",
-    "scatter_trainable",
-    "rank_trainable",
-    "seed_slots",
-    "fused_update",
-)
-
 
 def _reason_for_reference() -> str | None:
-    """Why the twins run, or None if the native ops do."""
+    """Returns the reason for which the twins run, or None if the native ops do."""
     if backend.is_reference():
         return "FREEZEOPS_BACKEND=reference"
     if native.op_library() is None:
@@ -46,81 +30,19 @@ def _reason_for_reference() -> str | None:
     if tf.config.list_logical_devices("GPU"):
         if not native.has_cuda():
             return "a GPU is visible and the library has no CUDA kernels"
-        return _too_old_for_cuda()
+        return gpu_check.problem_here()
     return None
-
-
-_too_old: dict[native.CudaKernels, str | None] = {}
-
-
-def _too_old_for_cuda() -> str | None:
-    """Why the CUDA kernels cannot run on the GPUs here, or None if they can. Warns the first time that they cannot."""
-    kernels = native.cuda_kernels()
-    assert kernels is not None
-    if kernels not in _too_old:
-        _too_old[kernels] = problem = gpu_problem(kernels, native.gpus())
-        if problem:
-            warnings.warn(
-                f"freezeops has CUDA kernels that cannot run here and uses the slower reference ops, with the same "
-                f"results: {problem} To do without the kernels and without this warning, set "
-                "FREEZEOPS_BACKEND=reference.",
-                UserWarning,
-                stacklevel=5,
-            )
-    return _too_old[kernels]
-
-
-def gpu_problem(kernels: native.CudaKernels, gpus: Sequence[native.Gpu]) -> str | None:
-    """Why kernels cannot run on GPUs, with the remedy, or None if they can.
-
-    Asked before the first launch, which would fail.
-
-    Args:
-        kernels: The CUDA kernels and the driver.
-        gpus: The GPUs that TensorFlow sees.
-
-    Returns:
-        A sentence or two.
-    """
-    needed, supported = kernels.runtime // 1000, kernels.driver // 1000
-    if supported < needed:
-        return (
-            f"the driver supports CUDA {cuda_version(kernels.driver)} and they were compiled for CUDA "
-            f"{cuda_version(kernels.runtime)}. Install a driver for CUDA {needed} or newer, or build freezeops with "
-            f"the compiler of CUDA {max(supported, 12)}."
-        )
-    for gpu in gpus:
-        if gpu.capability and not kernels.run_on(gpu.capability):
-            if dataclasses.replace(kernels, driver=kernels.runtime).run_on(gpu.capability):
-                return (
-                    f"{gpu.name} needs them compiled by the driver, which supports CUDA {cuda_version(kernels.driver)} "
-                    f"and not the {cuda_version(kernels.runtime)} that they are of. Install a driver for CUDA "
-                    f"{cuda_version(kernels.runtime)} or newer, or build freezeops with "
-                    f"FREEZEOPS_CUDA_ARCHITECTURES={gpu.capability}."
-                )
-            built_for = ", ".join(f"{each / 10}" for each in kernels.architectures)
-            return (
-                f"{gpu.name} has compute capability {gpu.capability / 10} and they were compiled for {built_for}. "
-                f"Build freezeops with FREEZEOPS_CUDA_ARCHITECTURES={gpu.capability}, and a CUDA compiler that knows "
-                "this GPU."
-            )
-    return None
-
-
-def cuda_version(number: int) -> str:
-    """1000 * major + 10 * minor as people write it."""
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _library(dtype: tf.DType = tf.float32) -> ModuleType | None:
-    # Gradients may be of another dtype than any variable: integers, booleans.
+    # A gradient may have a dtype that no variable has: integers, booleans.
     if dtype.name not in FLOAT_DTYPES or _reason_for_reference():
         return None
     return native.op_library()
 
 
 def paths() -> dict[str, str]:
-    """Which path each op takes here, as text for people: `python -m freezeops` prints it."""
+    """Returns for each op "native", or "reference" and the reason, as `python -m freezeops` prints it."""
     reason = _reason_for_reference()
     host = "native" if packing.host_module() else "reference (no host module)"
     if backend.is_reference():
@@ -130,7 +52,7 @@ def paths() -> dict[str, str]:
 
 
 def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """The gradient where the mask's bit is 1, and +0.0 where it is 0.
+    """Returns the gradient where the mask's bit is 1, and +0.0 where it is 0.
 
     Args:
         gradient: Tensor with `layout.size` entries; the native op is for a dtype in `FLOAT_DTYPES`.
@@ -147,14 +69,14 @@ def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Te
 
 
 def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: Layout, rows: int) -> tf.Tensor:
-    """Masks the values of a `tf.IndexedSlices`; see `reference.mask_slices`."""
+    """Returns masked values of a `tf.IndexedSlices`; see `reference.mask_slices`."""
     if library := _library(values.dtype):
         return library.freezeops_mask_slices(values, indices, mask, layout=list(layout), rows=rows)
     return reference.mask_slices(values, indices, mask, layout, rows)
 
 
 def remember_frozen(variable: tf.Variable, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """What `restore_frozen` needs; opaque. See `reference.remember_frozen`."""
+    """Returns a snapshot of the frozen entries, for `restore_frozen`; see `reference.remember_frozen`."""
     if library := _library():
         return library.freezeops_remember_frozen(variable.handle, mask, T=variable.dtype, layout=list(layout))
     return reference.remember_frozen(variable, mask, layout)
@@ -166,8 +88,7 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
     Args:
         variable: Resource variable with `layout.size` entries.
         mask: `uint8` vector of `layout.packed_bytes` bytes.
-        snapshot: What `remember_frozen` returned, or a vector of `layout.size`
-            entries to take the frozen ones from.
+        snapshot: A snapshot of `remember_frozen`, or a vector of `layout.size` entries.
         layout: How the bits spread over the variable.
     """
     if library := _library():
@@ -179,7 +100,7 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
 def gather_trainable(
     source: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
-    """The trainable entries of a tensor in order; see `reference.gather_trainable`."""
+    """Returns the trainable entries of a tensor in order; see `reference.gather_trainable`."""
     if library := _library(source.dtype):
         return library.freezeops_gather_trainable(source, mask, offsets, indices, layout=list(layout))
     return reference.gather_trainable(source, mask, offsets, indices, layout)
@@ -188,7 +109,7 @@ def gather_trainable(
 def read_trainable(
     variable: tf.Variable, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
-    """`gather_trainable` from a variable."""
+    """Returns `gather_trainable` of a variable's value."""
     if library := _library():
         return library.freezeops_read_trainable(
             variable.handle, mask, offsets, indices, T=variable.dtype, layout=list(layout)
@@ -204,7 +125,7 @@ def take_trainable(
     indices: tf.Tensor,
     layout: Layout,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """`gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, at once."""
+    """Returns `gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, in one op."""
     if library := _library():
         return library.freezeops_take_trainable(variable.handle, gradient, mask, offsets, indices, layout=list(layout))
     return reference.take_trainable(variable, gradient, mask, offsets, indices, layout)
@@ -226,7 +147,7 @@ def scatter_trainable(
 
 
 def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int) -> tf.Tensor:
-    """How many ones there are before each of some bits; see `reference.rank_trainable`."""
+    """Returns the number of ones before each of some bits; see `reference.rank_trainable`."""
     if library := _library():
         return library.freezeops_rank_trainable(bits, mask, offsets, indices, kept=kept)
     return reference.rank_trainable(bits, mask, offsets, indices, kept)
@@ -240,10 +161,9 @@ def seed_slots(
     powers: Sequence[int],
     materialized: bool = False,
 ) -> None:
-    """Starts the slots of entries that were unfrozen late; see `reference.seed_slots`.
+    """Seeds the slots of entries that were unfrozen late; see `reference.seed_slots`.
 
-    `materialized`: whether the gradient is in memory anyway, so that XLA does better to call a
-    kernel than to fuse.
+    `materialized` is True if the gradient is in memory anyway: XLA then calls a kernel rather than fusing.
     """
     library = _library()
     if library is None:
@@ -265,7 +185,7 @@ def seed_slots(
 
 def fused_update(
     rule: str,
-    variables: Sequence[FusedVariable],
+    operands: Sequence[FusedOperand],
     scalars: tf.Tensor,
     seed_slots: Sequence[int],
     seed_powers: Sequence[int],
@@ -274,17 +194,17 @@ def fused_update(
     """One step of an optimizer in one pass over each variable; see `reference_updates.fused_update`."""
     library = _library()
     if library is None:
-        reference_updates.fused_update(rule, variables, scalars, seed_slots, seed_powers, scales)
+        reference_updates.fused_update(rule, operands, scalars, seed_slots, seed_powers, scales)
         return
-    sparse = [i for i, one in enumerate(variables) if isinstance(one.gradient, tf.IndexedSlices)]
-    masks = {i: one.bits for i, one in enumerate(variables) if one.bits is not None}
-    seeded = {i: one.unseeded for i, one in enumerate(variables) if one.unseeded is not None and seed_slots}
-    ranks = [one.ranks for one in variables if one.ranks is not None]
+    sparse = [i for i, operand in enumerate(operands) if isinstance(operand.gradient, tf.IndexedSlices)]
+    masks = {i: operand.bits for i, operand in enumerate(operands) if operand.bits is not None}
+    seeded = {i: operand.unseeded for i, operand in enumerate(operands) if operand.unseeded is not None and seed_slots}
+    ranks = [operand.ranks for operand in operands if operand.ranks is not None]
     library.freezeops_fused_update(
-        variables=[one.variable.handle for one in variables],
-        gradients=[one.gradient.values if i in sparse else one.gradient for i, one in enumerate(variables)],
-        rows=[tf.cast(variables[i].gradient.indices, tf.int64) for i in sparse],
-        slots=[slot.handle for one in variables for slot in one.slots],
+        variables=[operand.variable.handle for operand in operands],
+        gradients=[operand.gradient.values if i in sparse else operand.gradient for i, operand in enumerate(operands)],
+        rows=[tf.cast(operands[i].gradient.indices, tf.int64) for i in sparse],
+        slots=[slot.handle for operand in operands for slot in operand.slots],
         masks=[bits.handle for bits in masks.values()],
         offsets=[offsets.handle for offsets, _ in ranks],
         indices=[indices.handle for _, indices in ranks],
@@ -292,8 +212,8 @@ def fused_update(
         scalars=scalars,
         scales=tf.stack(scales) if scales else tf.zeros([0], tf.float64),
         rule=rule,
-        layouts=[number for one in variables for number in one.layout],
-        decays=[one.decays for one in variables],
+        layouts=[number for operand in operands for number in operand.layout],
+        decays=[operand.decays for operand in operands],
         sparse=sparse,
         masked=list(masks),
         seeded=list(seeded),
@@ -314,14 +234,24 @@ def _mask_slices_gradient(op: tf.Operation, upstream: tf.Tensor) -> list[tf.Tens
     return [masked, None, None]
 
 
-tf.RegisterGradient("Freezeops>MaskGradient")(_mask_gradient_gradient)
-tf.RegisterGradient("Freezeops>MaskSlices")(_mask_slices_gradient)
-tf.no_gradient("Freezeops>RememberFrozen")
-tf.no_gradient("Freezeops>RestoreFrozen")
-tf.no_gradient("Freezeops>GatherTrainable")
-tf.no_gradient("Freezeops>ReadTrainable")
-tf.no_gradient("Freezeops>TakeTrainable")
-tf.no_gradient("Freezeops>ScatterTrainable")
-tf.no_gradient("Freezeops>RankTrainable")
-tf.no_gradient("Freezeops>SeedSlots")
-tf.no_gradient("Freezeops>FusedUpdate")
+_OPS: dict[str, Callable[..., list[tf.Tensor | None]] | None] = {
+    "mask_gradient": _mask_gradient_gradient,
+    "mask_slices": _mask_slices_gradient,
+    "remember_frozen": None,
+    "restore_frozen": None,
+    "gather_trainable": None,
+    "read_trainable": None,
+    "take_trainable": None,
+    "scatter_trainable": None,
+    "rank_trainable": None,
+    "seed_slots": None,
+    "fused_update": None,
+}
+"""Every native op by the name of its function here, and its gradient (None: it has none)."""
+
+for _name, _gradient in _OPS.items():
+    _registered = "Freezeops>" + _name.title().replace("_", "")
+    if _gradient is None:
+        tf.no_gradient(_registered)
+    else:
+        tf.RegisterGradient(_registered)(_gradient)

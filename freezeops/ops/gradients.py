@@ -12,14 +12,14 @@ Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
 def dense_shape(gradient: Gradient) -> tf.TensorShape:
-    """The static shape of a gradient; of the dense tensor that `tf.IndexedSlices` stand for.
+    """Returns the static shape of a gradient; for `tf.IndexedSlices` that of the dense tensor.
 
     Raises:
-        ValueError: If the values of `tf.IndexedSlices` are no rows of their `dense_shape`.
+        ValueError: If the values of `tf.IndexedSlices` are not rows of their `dense_shape`.
     """
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient.shape
-    given = gradient.dense_shape  # a tensor, or what the user wrote
+    given = gradient.dense_shape  # a tensor, or the sizes that the user wrote
     shape = tf.TensorShape(tf.get_static_value(given) if tf.is_tensor(given) else given)
     values = tf.TensorShape(gradient.values.shape)
     rows = tf.TensorShape(None) if values.rank is None else tf.TensorShape([None, *values[1:]])
@@ -32,18 +32,17 @@ def dense_shape(gradient: Gradient) -> tf.TensorShape:
 
 
 def mask_with_bits(gradient: Gradient, bits: tf.Tensor, layout: Layout, rows: int | None = None) -> Gradient:
-    """Masks a dense or sparse gradient with packed bits, keeping its kind.
+    """Returns a dense or sparse gradient with zeros under the frozen entries.
 
     Args:
         gradient: Tensor with `layout.size` entries, or `tf.IndexedSlices` of one.
         bits: `uint8` vector of `layout.packed_bytes` bytes.
         layout: How the bits spread over the dense tensor.
-        rows: How many rows the dense tensor has, where that is known; by default the gradient
-            must say it.
+        rows: Number of rows of the dense tensor; by default that of `gradient.dense_shape`.
 
     Returns:
-        The gradient with +0.0 in the frozen entries; `tf.IndexedSlices` stay
-        that, with the same indices.
+        A gradient of the same kind with +0.0 in the frozen entries; `tf.IndexedSlices`
+        keep their indices.
     """
     if not isinstance(gradient, tf.IndexedSlices):
         return ops.mask_gradient(tf.convert_to_tensor(gradient), bits, layout)
@@ -73,14 +72,14 @@ def merge_slices(
     layout: Layout,
     rows: int,
 ) -> tf.Tensor:
-    """Rows of a tensor: the trainable entries of `new` and the frozen entries of `old`.
+    """Returns rows of a tensor with the trainable entries of `new` and the frozen entries of `old`.
 
     Args:
         new: Float tensor of shape `[k, ...]`.
-        old: Likewise.
-        indices: Integer vector of length `k`: which row of the dense tensor each is.
+        old: Tensor of the same shape and dtype.
+        indices: Integer vector of length `k`: the number of each row in the dense tensor.
         mask: Packed bits of the dense tensor.
-        layout: Its layout.
+        layout: Layout of the mask.
         rows: Number of rows of the dense tensor.
 
     Returns:
@@ -91,6 +90,6 @@ def merge_slices(
     def passing(values: tf.Tensor) -> tf.Tensor:
         return tf.bitcast(ops.mask_slices(values, indices, mask, layout, rows), integer)
 
-    # What does not pass is zero bits, so `^` leaves the frozen entries and `|` joins the two.
+    # Masked entries are zero bits, so `^` leaves the frozen ones and `|` joins the two.
     frozen = tf.bitwise.bitwise_xor(tf.bitcast(old, integer), passing(old))
     return tf.bitcast(tf.bitwise.bitwise_or(passing(new), frozen), new.dtype)

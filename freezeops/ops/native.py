@@ -4,8 +4,8 @@ A library of ops works with the TensorFlow minor version it was compiled for and
 nothing (one for 2.19 loads in 2.18 and is misread there), so versions are compared before anything is loaded. Without
 a library everything works on the reference twins; a warning says so once, at the first use.
 
-The import of freezeops loads the library (some 15 ms), so that its ops are registered: `tf.saved_model.load` of what
-was traced with them asks for them by name.
+The import of freezeops loads the library (some 15 ms), so that its ops are registered: `tf.saved_model.load` of a
+function that was traced with them asks for them by name.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ import platform
 import re
 import struct
 import threading
-import warnings
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,7 @@ from typing import Any
 from freezeops import backend
 from freezeops._version import __version__
 from freezeops.masks import packing
+from freezeops.notices import warn
 
 # The package's own folder, where the build installs the libraries.
 _DIRECTORY = Path(__file__).resolve().parents[1]
@@ -43,9 +43,9 @@ class LibraryReport:
 
     Attributes:
         path: The file.
-        built_for: The TensorFlow version it was built for, as its build information says ("" if that is missing).
-        loaded: Whether it is in use.
-        reason: Why it was loaded or refused, in words.
+        built_for: The TensorFlow version that it was built for, by its build information ("" if that is missing).
+        loaded: True if it is in use.
+        reason: Reason for loading or refusing it.
         build: The build information written next to it: compiler, instruction sets, CUDA.
     """
 
@@ -58,14 +58,14 @@ class LibraryReport:
 
 @dataclasses.dataclass(frozen=True)
 class CudaKernels:
-    """The CUDA kernels of the library in use, and what there is to run them.
+    """The CUDA kernels of the library in use, and the driver for them.
 
     Attributes:
-        compiler: What they were compiled by.
-        architectures: Compute capabilities that there is machine code for, as 10 * major + minor.
-        ptx: Those that there is PTX for, which newer GPUs take as well.
-        runtime: The CUDA version they were compiled for, as 1000 * major + 10 * minor.
-        driver: The newest that the driver of this machine supports; 0 where there is no driver.
+        compiler: Compiler and version.
+        architectures: Compute capabilities with machine code, as 10 * major + minor.
+        ptx: Compute capabilities with PTX, which newer GPUs run as well.
+        runtime: CUDA version that they were compiled for, as 1000 * major + 10 * minor.
+        driver: Newest CUDA version that the driver of this machine supports; 0 without a driver.
     """
 
     compiler: str
@@ -75,7 +75,7 @@ class CudaKernels:
     driver: int
 
     def run_on(self, capability: int) -> bool:
-        """Whether a GPU of a compute capability can run them."""
+        """Returns True if a GPU of a compute capability can run them."""
         # Machine code is for one major version, from its minor version on.
         if any(each <= capability and each // 10 == capability // 10 for each in self.architectures):
             return True
@@ -93,14 +93,14 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What `python -m freezeops` prints: versions, libraries, and what is in use.
+    """The content of `python -m freezeops`: versions, libraries, and which of them are in use.
 
     Attributes:
         versions: Name to version, for freezeops, TensorFlow, Keras, NumPy and Python.
         backend: `FREEZEOPS_BACKEND`, "auto" where it is not set.
-        libraries: Every library of ops found, with why each was loaded or refused.
-        host: Whether the host module (`freezeops._host`) is in use, or why it is not.
-        isa: The instruction set the CPU kernels chose, None if no library is in use.
+        libraries: Every library of ops found, each with the reason for loading or refusing it.
+        host: `"loaded"`, or the reason for not using the host module (`freezeops._host`).
+        isa: Instruction set of the CPU kernels, None if no library is in use.
         cuda: The CUDA kernels of the library in use; None if it has none.
         gpus: The GPUs that TensorFlow sees.
     """
@@ -131,7 +131,7 @@ def _minor(version: str) -> str:
 
 
 def _read_build_info(library: Path) -> tuple[dict[str, Any], str]:
-    """Returns a library's build information and, if that cannot be used, why."""
+    """Returns a library's build information, and the reason if it cannot be used, else ""."""
     path = library.with_suffix(".json")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -145,7 +145,7 @@ def _read_build_info(library: Path) -> tuple[dict[str, Any], str]:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a shared library is as long as its header says: the loader of the system crashes on a truncated one."""
+    """Returns True if a shared library is as long as its header says: the system's loader crashes on a shorter one."""
     try:
         with library.open("rb") as file:
             header, length = file.read(64), os.fstat(file.fileno()).st_size
@@ -160,7 +160,7 @@ def _is_whole(library: Path) -> bool:
 
 
 def _examine(library: Path, running: str) -> LibraryReport:
-    """Says whether a library may be loaded into TensorFlow `running`: an empty reason means that it may."""
+    """Returns a report on a library that is not loaded yet: with an empty reason TensorFlow `running` may load it."""
     info, reason = _read_build_info(library)
     built_for = info.get("tensorflow_version", "")
     named = _LIBRARY_NAME.fullmatch(library.name)
@@ -196,7 +196,7 @@ def _find_and_load() -> _Outcome:
     return _Outcome(module, reports)
 
 
-def _warn(reports: list[LibraryReport]) -> None:
+def _warn_without_library(reports: list[LibraryReport]) -> None:
     import tensorflow as tf
 
     running = tf.__version__
@@ -205,17 +205,19 @@ def _warn(reports: list[LibraryReport]) -> None:
         found = f"Found and refused: {found}."
     else:
         found = f"None was found in {_DIRECTORY}."
-    warnings.warn(
+    warn(
         f"freezeops {__version__} has no compiled ops for TensorFlow {running} and uses the slower reference ones, "
         f"with the same results. {found} To build them for this TensorFlow, run `{_REMEDY}` in freezeops's source "
-        "tree. To do without them and without this warning, set FREEZEOPS_BACKEND=reference.",
-        UserWarning,
-        stacklevel=3,
+        "tree. To do without them and without this warning, set FREEZEOPS_BACKEND=reference."
     )
 
 
 def _outcome(used: bool = True) -> _Outcome:
-    """What was found, loaded at the first call; warns once where there is no library and it is to be used."""
+    """Returns the libraries found, loaded at the first call.
+
+    Args:
+        used: True if an op is about to run: without a library the first such call warns.
+    """
     global _loaded, _warned
     with _lock:
         if _loaded is None:
@@ -223,7 +225,7 @@ def _outcome(used: bool = True) -> _Outcome:
         outcome, first_use = _loaded, used and not _warned
         _warned = _warned or used
     if outcome.module is None and first_use:
-        _warn(outcome.reports)
+        _warn_without_library(outcome.reports)
     return outcome
 
 
@@ -237,18 +239,18 @@ def register_ops() -> None:
 
 
 def op_library() -> ModuleType | None:
-    """The compiled ops for the running TensorFlow, loaded at the first call.
+    """Returns the compiled ops for the running TensorFlow, loaded at the first call.
 
     Returns:
-        The module with the ops as functions (`freezeops_mask_gradient` and so on), or None if there is none for this
-        TensorFlow (the first call then warns, with the reason and the command that mends it) or
-        `FREEZEOPS_BACKEND=reference` asks for none.
+        A module with the ops as functions (`freezeops_mask_gradient` and so on). None if there is none for this
+        TensorFlow (the first call then warns, with the reason and the command that mends it), and with
+        `FREEZEOPS_BACKEND=reference`.
     """
     return None if backend.is_reference() else _outcome().module
 
 
 def has_cuda() -> bool:
-    """Whether the ops in use have CUDA kernels."""
+    """Returns True if the ops in use have CUDA kernels."""
     if backend.is_reference():
         return False
     used = _outcome().used
@@ -256,7 +258,7 @@ def has_cuda() -> bool:
 
 
 def cuda_kernels() -> CudaKernels | None:
-    """The CUDA kernels of the ops in use; None if these have none. Needs no driver."""
+    """Returns the CUDA kernels of the ops in use, or None if there are none. Needs no driver."""
     used = _outcome().used if has_cuda() else None
     return None if used is None else _read_cuda_kernels(used)
 
@@ -277,7 +279,7 @@ def _library_number(library: Path, function: str) -> int:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs that TensorFlow sees and may use."""
+    """Returns the GPUs that TensorFlow sees and may use."""
     import tensorflow as tf
 
     found = []
@@ -304,7 +306,7 @@ def _version_of(distributions: tuple[str, ...]) -> str:
 
 
 def diagnosis() -> Diagnosis:
-    """Finds out what is installed and what is in use. Loads the libraries unless the environment says otherwise."""
+    """Returns the versions installed and the code in use. Loads the libraries unless the environment forbids it."""
     import tensorflow as tf
 
     versions = {

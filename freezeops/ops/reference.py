@@ -13,29 +13,30 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from freezeops.masks.layout import Layout
+from freezeops.ops.shapes import of_shape, rows_in_range
 
 
 def integers_like(dtype: tf.DType) -> tf.DType:
-    """The signed integers as wide as a floating dtype."""
+    """Returns the signed integer dtype that is as wide as a floating one."""
     return {2: tf.int16, 4: tf.int32, 8: tf.int64}[dtype.size]
 
 
 def unpack_mask(mask: tf.Tensor, kept: int) -> tf.Tensor:
-    """Packed bits to a boolean tensor of shape `[kept]`."""
+    """Returns packed bits as a boolean tensor of shape `[kept]`."""
     shifts = tf.range(8, dtype=tf.int32)
     bits = tf.bitwise.right_shift(tf.cast(mask, tf.int32)[:, None], shifts[None, :])
     return tf.cast(tf.reshape(bits & 1, [-1])[:kept], tf.bool)
 
 
 def expand_mask(mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """Packed bits to a boolean tensor of shape `[outer * kept * inner]`."""
+    """Returns packed bits as a boolean tensor of shape `[outer * kept * inner]`."""
     outer, kept, inner = layout
     bits = tf.reshape(unpack_mask(mask, kept), [1, kept, 1])
     return tf.reshape(tf.broadcast_to(bits, [outer, kept, inner]), [outer * kept * inner])
 
 
 def select(condition: tf.Tensor, passing: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-    """`tf.where` on the bits of floats."""
+    """Returns `tf.where(condition, passing, other)`, with the bits of floats as they are."""
     dtype = passing.dtype
     if not dtype.is_floating:
         return tf.where(condition, passing, other)
@@ -45,7 +46,7 @@ def select(condition: tf.Tensor, passing: tf.Tensor, other: tf.Tensor) -> tf.Ten
 
 
 def _linear(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Makes a masking its own gradient, any number of times: it is linear and symmetric."""
+    """Returns a masking function with itself as its gradient, any number of times: it is linear and symmetric."""
 
     @tf.custom_gradient
     def differentiable(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
@@ -55,7 +56,7 @@ def _linear(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor],
 
 
 def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """The gradient where the mask's bit is 1, and zero where it is 0. Differentiable; of any dtype."""
+    """Returns the gradient where the mask's bit is 1, and zero where it is 0. Differentiable; of any dtype."""
 
     def masked(gradient: tf.Tensor) -> tf.Tensor:
         flat = tf.reshape(gradient, [layout.size])
@@ -65,25 +66,14 @@ def mask_gradient(gradient: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Te
     return _linear(masked)(gradient)
 
 
-def rows_in_range(indices: tf.Tensor, rows: int) -> tf.Tensor:
-    """Indices of rows as `int64`; one that is not a row is an error, but under XLA, which has none at run time."""
-    row = tf.cast(indices, tf.int64)
-    in_range = tf.debugging.Assert(
-        tf.reduce_all((row >= 0) & (row < rows)),
-        [f"`indices` must be rows from 0 to {rows - 1}. Received: indices=", row],
-    )
-    with tf.control_dependencies([] if in_range is None else [in_range]):
-        return tf.identity(row)
-
-
 def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: Layout, rows: int) -> tf.Tensor:
-    """Masks rows of a tensor that `indices` name, given as in `tf.IndexedSlices`.
+    """Returns rows of a tensor, given as in `tf.IndexedSlices`, with zero where the mask's bit is 0.
 
     Args:
         values: Float tensor of shape `[k, ...]`.
-        indices: Integer vector of length `k`: which row of the dense tensor each is.
+        indices: Integer vector of length `k`: the number of each row in the dense tensor.
         mask: Packed bits of the dense tensor.
-        layout: Its layout.
+        layout: Layout of the mask.
         rows: Number of rows of the dense tensor.
 
     Returns:
@@ -113,10 +103,10 @@ def mask_slices(values: tf.Tensor, indices: tf.Tensor, mask: tf.Tensor, layout: 
 
 
 def remember_frozen(variable: tf.Variable, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """What `restore_frozen` needs to bring the frozen entries back.
+    """Returns a snapshot of the frozen entries, for `restore_frozen`.
 
     Returns:
-        An opaque vector. Here always the whole value, flattened; the native op
+        A vector, to be passed on as it is. Here always the whole value; the native op
         may return the frozen entries alone, in order.
     """
     del mask
@@ -124,7 +114,7 @@ def remember_frozen(variable: tf.Variable, mask: tf.Tensor, layout: Layout) -> t
 
 
 def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, layout: Layout) -> None:
-    """Writes the frozen entries of a variable back from a snapshot of either form."""
+    """Writes the frozen entries of a variable back, from a snapshot of all entries or of the frozen ones alone."""
     passing = expand_mask(mask, layout)
     value = variable.read_value()
     flat = tf.reshape(value, [layout.size])
@@ -141,7 +131,7 @@ def restore_frozen(variable: tf.Variable, mask: tf.Tensor, snapshot: tf.Tensor, 
 
 
 def _scatter_frozen(flat: tf.Tensor, passing: tf.Tensor, frozen: tf.Tensor) -> tf.Tensor:
-    """The frozen values, put at their positions in a tensor of the full length."""
+    """Returns a vector of all entries with frozen ones replaced by those of `frozen`, in order."""
     integer = integers_like(flat.dtype)
     scattered = tf.tensor_scatter_nd_update(tf.bitcast(flat, integer), tf.where(~passing), tf.bitcast(frozen, integer))
     return tf.bitcast(scattered, flat.dtype)
@@ -150,12 +140,12 @@ def _scatter_frozen(flat: tf.Tensor, passing: tf.Tensor, frozen: tf.Tensor) -> t
 def gather_trainable(
     source: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
-    """The trainable entries of a tensor in order, and zeros up to the capacity.
+    """Returns the trainable entries of a tensor in order, and zeros up to the capacity.
 
     Args:
         source: Tensor of `layout.size` entries, of any dtype.
         mask: Packed bits.
-        offsets: `int64` vector, see `rank_offsets`. Not looked at here: the indices say the same.
+        offsets: `int64` vector, see `packing.rank_offsets`. Not used here: the indices say the same.
         indices: `int32`, `uint32` (below 2**31) or `int64` vector as long as the capacity: the
             positions of the ones among the bits, ascending, and from their number on anything that
             is at least `layout.kept`.
@@ -181,7 +171,7 @@ def gather_trainable(
 def read_trainable(
     variable: tf.Variable, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
-    """`gather_trainable` from a variable."""
+    """Returns `gather_trainable` of a variable's value."""
     return gather_trainable(variable.read_value(), mask, offsets, indices, layout)
 
 
@@ -193,38 +183,10 @@ def take_trainable(
     indices: tf.Tensor,
     layout: Layout,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """`gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, at once."""
+    """Returns `gather_trainable` of a gradient of the variable's dtype, and `read_trainable`, in one op."""
     index = (mask, offsets, indices)
     gradient = of_shape(gradient, variable.shape)
     return gather_trainable(gradient, *index, layout), read_trainable(variable, *index, layout)
-
-
-def of_shape(gradient: tf.Tensor | tf.IndexedSlices, shape: tf.TensorShape) -> tf.Tensor | tf.IndexedSlices:
-    """A gradient of a tensor of this shape; where its own is not known yet, an error at run time will say so.
-
-    Raises:
-        ValueError: If it has another shape, or rows of another shape or that do not exist.
-        tf.errors.InvalidArgumentError: Likewise, at run time.
-    """
-    if isinstance(gradient, tf.IndexedSlices):
-        gradient = slices_of_shape(gradient, shape)
-        return tf.IndexedSlices(gradient.values, rows_in_range(gradient.indices, shape[0]), gradient.dense_shape)
-    return tf.ensure_shape(gradient, shape)
-
-
-def slices_of_shape(gradient: tf.IndexedSlices, shape: tf.TensorShape) -> tf.IndexedSlices:
-    """`of_shape` but for the rows that do not exist: looking for those would make the host wait for a GPU."""
-    values = gradient.values
-    static = values.shape
-    if static.rank is None or not static[1:].is_fully_defined():
-        # As `tf.ensure_shape`, whose result has rows of a dynamic shape for XLA: no rows at all are appended.
-        values = tf.concat([values, tf.zeros([0, *shape[1:]], values.dtype)], axis=0)
-    elif static[1:] != shape[1:]:
-        raise ValueError(
-            f"A gradient's slices must be rows of its variable, of shape {tuple(shape)}. Received: slices of shape "
-            f"{static}"
-        )
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def scatter_trainable(
@@ -246,7 +208,7 @@ def scatter_trainable(
     value = variable.read_value()
     old = tf.reshape(tf.bitcast(value, integer), [kept, inner])
     new = tf.reshape(tf.bitcast(compact, integer), [capacity, inner])
-    # Shapes must be static, so what stands for no entry writes what the first index writes, or an old value.
+    # Shapes must be static, so an index that stands for no entry writes the first entry again, or an old value.
     valid = valid_indices(indices, mask, layout)
     any_valid = valid[0]
     target = tf.where(valid, indices, tf.where(any_valid, indices[0], 0))
@@ -256,7 +218,7 @@ def scatter_trainable(
 
 
 def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, kept: int) -> tf.Tensor:
-    """How many ones there are before each of some bits: where their entries are in compact state.
+    """Returns the number of ones before each of some bits: the positions of their entries in compact state.
 
     Args:
         bits: `int64` vector of positions of bits.
@@ -266,8 +228,8 @@ def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices
         kept: Number of bits.
 
     Returns:
-        An `int64` vector like `bits`, with at most the capacity less one. Of a bit that is not
-        one of the mask's it is the capacity, where XLA, which has no errors at run time, scatters
+        An `int64` vector like `bits`, with at most the capacity less one. For a bit outside of the
+        mask it holds the capacity, at which XLA, which has no errors at run time, scatters
         nothing (the native op raises outside of XLA).
     """
     del mask, offsets
@@ -277,15 +239,15 @@ def rank_trainable(bits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices
 
 
 def signed_indices(indices: tf.Tensor) -> tf.Tensor:
-    """Indices of a type that TensorFlow's ops take."""
+    """Returns indices of a dtype that TensorFlow's ops take."""
     indices = tf.convert_to_tensor(indices)
     return tf.bitcast(indices, tf.int32) if indices.dtype == tf.uint32 else indices
 
 
 def valid_indices(indices: tf.Tensor, mask: tf.Tensor, layout: Layout) -> tf.Tensor:
-    """Which of the indices stand for a trainable entry: those of a one in the mask.
+    """Returns a boolean for each index: True if its bit in the mask is 1.
 
-    In a mask that `repack` emptied there is none, so that a function which was traced before writes nothing.
+    A mask that `repack` emptied has none, so that a function which was traced before writes nothing.
     """
     position = tf.clip_by_value(indices, 0, layout.kept - 1)
     byte = tf.cast(tf.gather(mask, position // 8), tf.int32)
@@ -300,11 +262,11 @@ def seed_slots(
     slots: Sequence[tf.Variable],
     powers: Sequence[int],
 ) -> None:
-    """Starts the slots of entries that were unfrozen late from their first gradient that is not zero.
+    """Seeds the slots of entries that were unfrozen late, from their first gradient that is not zero.
 
     Where an entry's bit is set and its entry of the first slot is zero, each slot becomes
     `scale * gradient**power`. The bit is cleared once the first slot is not zero any more,
-    with `tf.IndexedSlices` perhaps only when its row is named. Both are looked at, so that
+    with `tf.IndexedSlices` perhaps only when its row is named. Bit and slot both count, so that
     an implementation that never clears bits (XLA's) gives the same slots.
 
     Of repeated rows the larger of the squared sum and the summed squares is taken for
@@ -312,7 +274,7 @@ def seed_slots(
 
     Args:
         unseeded: `uint8` variable of one bit per entry, little bit order.
-        gradient: Of the slots' shape and dtype; `tf.IndexedSlices` may repeat rows.
+        gradient: Gradient of the slots' shape and dtype; `tf.IndexedSlices` may repeat rows.
         scales: A float64 scalar for each slot.
         slots: Variables of the model variable's shape and dtype.
         powers: 1 or 2 for each slot.
@@ -351,7 +313,16 @@ def seeded_slots(
     powers: Sequence[int],
     scales: Sequence[tf.Tensor],
 ) -> list[tf.Tensor]:
-    """What `seed_slots` makes of slots: flat tensors, as are gradient and square (of the dtype to calculate in)."""
+    """Returns slots after `seed_slots`.
+
+    Args:
+        waiting: Booleans: the entries that wait to be seeded.
+        gradient: The gradient.
+        square: The squared gradient.
+        slots: The slots before. All of these are vectors of one length.
+        powers: 1 or 2 for each slot.
+        scales: A scalar for each slot.
+    """
     wide = tf.float64 if slots[0].dtype == tf.float64 else tf.float32
     gradient, square = tf.cast(gradient, wide), tf.cast(square, wide)
     due = waiting & (tf.cast(slots[0], wide) == 0)
@@ -362,7 +333,7 @@ def seeded_slots(
 
 
 def pack_mask(flags: tf.Tensor) -> tf.Tensor:
-    """Booleans of shape `[n]` to packed bits."""
+    """Returns booleans of shape `[n]` as packed bits."""
     size = flags.shape[0]
     padded = tf.pad(tf.cast(flags, tf.int32), [[0, -size % 8]])
     return tf.cast(tf.reduce_sum(tf.reshape(padded, [-1, 8]) * 2 ** tf.range(8), axis=1), tf.uint8)

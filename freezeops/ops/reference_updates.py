@@ -1,6 +1,6 @@
-"""The pure-TensorFlow twin of the fused updates: what Keras's optimizers do to an entry, operation by operation.
+"""The pure-TensorFlow twin of the fused updates: Keras's optimizers on each entry, operation by operation.
 
-The same arithmetic is in `csrc/kernels/fused_rules.h`. Read in Keras 3.15.1, `optimizers/*.py`.
+The same arithmetic is in `csrc/kernels/common/update_rules.h`. Read in Keras 3.15.1, `optimizers/*.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from freezeops.masks.layout import Layout
 from freezeops.ops import reference
 
 
-class FusedVariable(NamedTuple):
-    """One variable in a fused step.
+class FusedOperand(NamedTuple):
+    """One variable in a fused step, with everything that the step reads and writes of it.
 
     Attributes:
         variable: The model's variable.
-        gradient: Of its dtype; dense or `tf.IndexedSlices`.
-        slots: Those of the rule. In full state of the variable's size; in compact state flat (or of
+        gradient: Its gradient, of its dtype; dense or `tf.IndexedSlices`.
+        slots: The slots of the formula. In full state of the variable's size; in compact state flat (or of
             rows) with one entry for each trainable one, in their order, and room for more.
         layout: Layout of the mask; `(1, 1, n)` where there is none.
         bits: `uint8` variable of the packed mask; `None`: every entry is trainable.
@@ -26,7 +26,7 @@ class FusedVariable(NamedTuple):
             `reference.gather_trainable`; `None` with full state.
         unseeded: `uint8` variable of one bit for each entry of a slot, see `reference.seed_slots`;
             `None`: no entry waits.
-        decays: Whether the weight decays.
+        decays: `True` if the weight decays.
     """
 
     variable: tf.Variable
@@ -42,16 +42,16 @@ class FusedVariable(NamedTuple):
 Update = Callable[
     [tf.Tensor, tf.Tensor, tf.Tensor, list[tf.Tensor], tf.Tensor, list[tf.Tensor]], tuple[tf.Tensor, list[tf.Tensor]]
 ]
-"""From variable, gradient, its square, slots, the rate and the rule's other scalars to variable and slots."""
+"""Function of variable, gradient, squared gradient, slots, rate and further scalars, returning variable and slots."""
 
 
-def _sgd(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
+def _sgd(w, g, square, slots, rate, scalars):  # type: ignore[no-untyped-def]
     return w - g * rate, []
 
 
 def _sgd_momentum(nesterov: bool) -> Update:
-    def update(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
-        (momentum,) = others
+    def update(w, g, square, slots, rate, scalars):  # type: ignore[no-untyped-def]
+        (momentum,) = scalars
         m = slots[0] * momentum - g * rate
         return w + (m * momentum - g * rate if nesterov else m), [m]
 
@@ -59,58 +59,59 @@ def _sgd_momentum(nesterov: bool) -> Update:
 
 
 def _maximum(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """`tf.maximum` is NaN where one of the two is; on the CPU XLA's may be the other one."""
+    """`tf.maximum`: NaN if either is NaN. XLA's, on the CPU, may return the other one."""
     return tf.where(tf.math.is_nan(b) & ~tf.math.is_nan(a), b, tf.maximum(a, b))
 
 
 def _adam(amsgrad: bool) -> Update:
-    def update(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
-        m, v, *rest = slots
-        of_m, of_v, epsilon = others
-        m = m + (g - m) * of_m
-        v = v + (square - v) * of_v
-        rest = [_maximum(rest[0], v)] if amsgrad else []
-        return w - m * rate / (tf.sqrt(rest[0] if amsgrad else v) + epsilon), [m, v, *rest]
+    def update(w, g, square, slots, rate, scalars):  # type: ignore[no-untyped-def]
+        m, v, *v_hat = slots
+        one_minus_beta_1, one_minus_beta_2, epsilon = scalars
+        m = m + (g - m) * one_minus_beta_1
+        v = v + (square - v) * one_minus_beta_2
+        v_hat = [_maximum(v_hat[0], v)] if amsgrad else []
+        return w - m * rate / (tf.sqrt(v_hat[0] if amsgrad else v) + epsilon), [m, v, *v_hat]
 
     return update
 
 
-def _nadam(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
+def _nadam(w, g, square, slots, rate, scalars):  # type: ignore[no-untyped-def]
     m, v = slots
-    of_m, of_v, epsilon, next_u, rest_of_next, of_g, rest, correction = others
-    m = m + (g - m) * of_m
-    v = v + (square - v) * of_v
-    mean = next_u * m / rest_of_next + of_g * g / rest
-    return w - mean * rate / (tf.sqrt(v / correction) + epsilon), [m, v]
+    one_minus_beta_1, one_minus_beta_2, epsilon, next_u, next_m_weight, one_minus_u, g_weight, v_weight = scalars
+    m = m + (g - m) * one_minus_beta_1
+    v = v + (square - v) * one_minus_beta_2
+    m_hat = next_u * m / next_m_weight + one_minus_u * g / g_weight
+    return w - m_hat * rate / (tf.sqrt(v / v_weight) + epsilon), [m, v]
 
 
 def _rmsprop(with_momentum: bool, centered: bool) -> Update:
-    def update(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
-        rho, rest, epsilon, *momentum = others
-        v, *more = slots
-        v = rho * v + rest * square
-        denominator, new = v, [v]
+    def update(w, g, square, slots, rate, scalars):  # type: ignore[no-untyped-def]
+        rho, one_minus_rho, epsilon, *momentum = scalars
+        v, *others = slots
+        v = rho * v + one_minus_rho * square
+        denominator, new_slots = v, [v]
         if centered:
-            mean = rho * more[-1] + rest * g
+            mean = rho * others[-1] + one_minus_rho * g
             denominator = denominator - mean * mean
         step = rate * g / tf.sqrt(denominator + epsilon)
         if with_momentum:
-            step = momentum[0] * more[0] + step
-            new.append(step)
-        return w - step, [*new, mean] if centered else new
+            step = momentum[0] * others[0] + step
+            new_slots.append(step)
+        return w - step, [*new_slots, mean] if centered else new_slots
 
     return update
 
 
-def _adagrad(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
+def _adagrad(w, g, square, slots, rate, scalars):  # type: ignore[no-untyped-def]
+    (epsilon,) = scalars
     total = slots[0] + square
-    return w - rate * g / tf.sqrt(total + others[0]), [total]
+    return w - rate * g / tf.sqrt(total + epsilon), [total]
 
 
-def _lion(w, g, square, slots, rate, others):  # type: ignore[no-untyped-def]
-    beta_1, rest_1, beta_2, rest_2 = others
+def _lion(w, g, square, slots, rate, scalars):  # type: ignore[no-untyped-def]
+    beta_1, one_minus_beta_1, beta_2, one_minus_beta_2 = scalars
     m = slots[0]
-    return w - rate * tf.sign(m * beta_1 + g * rest_1), [m * beta_2 + g * rest_2]
+    return w - rate * tf.sign(m * beta_1 + g * one_minus_beta_1), [m * beta_2 + g * one_minus_beta_2]
 
 
 UPDATES: dict[str, Update] = {
@@ -131,7 +132,7 @@ UPDATES: dict[str, Update] = {
 
 def fused_update(
     rule: str,
-    variables: Sequence[FusedVariable],
+    operands: Sequence[FusedOperand],
     scalars: tf.Tensor,
     seed_slots: Sequence[int],
     seed_powers: Sequence[int],
@@ -141,82 +142,83 @@ def fused_update(
 
     Args:
         rule: A key of `UPDATES`.
-        variables: The variables, all with full or all with compact state.
-        scalars: Of the variables' dtype: what an update is multiplied by, the weight decay, the
-            learning rate that this is multiplied by, and the rule's own in the order above.
-        seed_slots: Which slots are seeded, in the order of `reference.seed_slots`.
+        operands: The variables, all with full or all with compact state.
+        scalars: Vector of the variables' dtype: the factor of an update, the weight decay, the
+            learning rate that this is multiplied by, and the formula's further scalars in the order above.
+        seed_slots: Indices of the slots that are seeded, in the order of `reference.seed_slots`.
         seed_powers: 1 or 2 for each.
         scales: A float64 scalar for each.
     """
-    rate, decay, decay_rate, *others = tf.unstack(scalars, num=scalars.shape[0])
-    for one in variables:
-        _update(UPDATES[rule], rule, one, rate, decay, decay_rate, others, seed_slots, seed_powers, scales)
+    rate, decay, decay_rate, *further = tf.unstack(scalars, num=scalars.shape[0])
+    for operand in operands:
+        size, layout = operand.layout.size, operand.layout
+        gradient = reference.of_shape(operand.gradient, operand.variable.shape)
+        if not size:
+            continue
+        factor, slices_factor = rate, None
+        if rule.startswith("sgd") and isinstance(operand.gradient, tf.IndexedSlices):
+            # As Keras, which multiplies the slices before it sums those of a row.
+            factor, slices_factor = tf.ones_like(rate), rate
+        gradient, square = _dense(gradient, slices_factor, size)
+        bits = tf.fill([1], tf.constant(255, tf.uint8)) if operand.bits is None else tf.convert_to_tensor(operand.bits)
+        value = tf.reshape(operand.variable.read_value(), [size])
+
+        if operand.ranks is None:
+            trainable = reference.expand_mask(bits, layout)
+            entries = value
+        else:
+            offsets, indices = (tf.convert_to_tensor(variable) for variable in operand.ranks)
+            entries, gradient, square = (
+                reference.gather_trainable(x, bits, offsets, indices, layout) for x in (value, gradient, square)
+            )
+            trainable = reference.valid_indices(reference.signed_indices(indices), bits, layout)
+            trainable = tf.repeat(trainable, layout.inner)
+        old_slots = [tf.reshape(slot.read_value(), [entries.shape[0]]) for slot in operand.slots]
+        if operand.unseeded is not None and seed_slots:
+            old_slots = _seeded(operand, trainable, gradient, square, old_slots, seed_slots, seed_powers, scales)
+
+        decayed = entries - entries * decay * decay_rate if operand.decays else entries
+        new, new_slots = UPDATES[rule](decayed, gradient, square, old_slots, factor, further)
+        for slot, values, old in zip(operand.slots, new_slots, old_slots, strict=True):
+            slot.assign(tf.reshape(reference.select(trainable, values, old), slot.shape))
+        if operand.ranks is None:
+            operand.variable.assign(tf.reshape(reference.select(trainable, new, value), operand.variable.shape))
+        else:
+            reference.scatter_trainable(operand.variable, new, bits, offsets, indices, layout)
 
 
-def _update(
-    update: Update,
-    rule: str,
-    one: FusedVariable,
-    rate: tf.Tensor,
-    decay: tf.Tensor,
-    decay_rate: tf.Tensor,
-    others: list[tf.Tensor],
+def _seeded(
+    operand: FusedOperand,
+    trainable: tf.Tensor,
+    gradient: tf.Tensor,
+    square: tf.Tensor,
+    slots: list[tf.Tensor],
     seed_slots: Sequence[int],
     seed_powers: Sequence[int],
     scales: Sequence[tf.Tensor],
-) -> None:
-    size = one.layout.size
-    gradient = reference.of_shape(one.gradient, one.variable.shape)
-    if not size:
-        return
-    gradient, square = _dense(gradient, rate if rule.startswith("sgd") else None, size)
-    if rule.startswith("sgd") and isinstance(one.gradient, tf.IndexedSlices):
-        rate = tf.ones_like(rate)
-    bits = tf.fill([1], tf.constant(255, tf.uint8)) if one.bits is None else tf.convert_to_tensor(one.bits)
-    value = tf.reshape(one.variable.read_value(), [size])
-
-    if one.ranks is None:
-        passing = reference.expand_mask(bits, one.layout)
-        read, old_slots = value, [tf.reshape(slot.read_value(), [size]) for slot in one.slots]
-        due = passing
-    else:
-        offsets, indices = (tf.convert_to_tensor(variable) for variable in one.ranks)
-        read, gradient, square = (
-            reference.gather_trainable(x, bits, offsets, indices, one.layout) for x in (value, gradient, square)
-        )
-        length = read.shape[0]
-        old_slots = [tf.reshape(slot.read_value(), [length]) for slot in one.slots]
-        due = reference.valid_indices(reference.signed_indices(indices), bits, one.layout)
-        due = tf.repeat(due, one.layout.inner)
-
-    if one.unseeded is not None and seed_slots:
-        waiting = reference.unpack_mask(one.unseeded.read_value(), due.shape[0])
-        wide = tf.cast(gradient, tf.float64 if gradient.dtype == tf.float64 else tf.float32)
-        of_seed = wide * wide
-        if isinstance(one.gradient, tf.IndexedSlices):
-            of_seed = tf.maximum(of_seed, tf.cast(square, wide.dtype))
-        seeded = reference.seeded_slots(
-            waiting & due, wide, of_seed, [old_slots[i] for i in seed_slots], seed_powers, scales
-        )
-        for number, slot in zip(seed_slots, seeded, strict=True):
-            old_slots[number] = slot
-        wait = waiting & ~(due & (seeded[0] != 0))
-        one.unseeded.assign(reference.pack_mask(wait))
-
-    decayed = read - read * decay * decay_rate if one.decays else read
-    new, new_slots = update(decayed, gradient, square, old_slots, rate, others)
-    for slot, values, old in zip(one.slots, new_slots, old_slots, strict=True):
-        slot.assign(tf.reshape(reference.select(due, values, old), slot.shape))
-    if one.ranks is None:
-        one.variable.assign(tf.reshape(reference.select(due, new, value), one.variable.shape))
-    else:
-        reference.scatter_trainable(one.variable, new, bits, offsets, indices, one.layout)
+) -> list[tf.Tensor]:
+    """Returns the slots with those of waiting entries seeded; clears the bits of these."""
+    assert operand.unseeded is not None
+    waiting = reference.unpack_mask(operand.unseeded.read_value(), trainable.shape[0])
+    wide = tf.cast(gradient, tf.float64 if gradient.dtype == tf.float64 else tf.float32)
+    seed_square = wide * wide
+    if isinstance(operand.gradient, tf.IndexedSlices):
+        seed_square = tf.maximum(seed_square, tf.cast(square, wide.dtype))
+    seeded = reference.seeded_slots(
+        waiting & trainable, wide, seed_square, [slots[i] for i in seed_slots], seed_powers, scales
+    )
+    operand.unseeded.assign(reference.pack_mask(waiting & ~(trainable & (seeded[0] != 0))))
+    by_index = dict(zip(seed_slots, seeded, strict=True))
+    return [by_index.get(i, slot) for i, slot in enumerate(slots)]
 
 
 def _dense(gradient: tf.Tensor | tf.IndexedSlices, factor: tf.Tensor | None, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """A gradient and its square, flat. Repeated rows add up, and so do their squares.
+    """Returns a gradient and its square, flat. Repeated rows add up, and so do their squares.
 
-    `factor`: what slices are multiplied by before they are summed.
+    Args:
+        gradient: The gradient.
+        factor: Slices are multiplied by it before they are summed; `None`: by nothing.
+        size: Number of entries.
     """
     if not isinstance(gradient, tf.IndexedSlices):
         flat = tf.reshape(gradient, [size])

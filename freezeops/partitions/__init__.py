@@ -1,1 +1,1 @@
-"""How one variable is split between frozen and trainable entries."""
+"""The split of one variable between frozen and trainable entries."""

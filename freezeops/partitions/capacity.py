@@ -29,7 +29,7 @@ def check_capacity(capacity: Any) -> None:
 
 
 def capacity_in_bits(capacity: Capacity, layout: Layout) -> int:
-    """How many of a mask's bits may be 1.
+    """Returns the number of mask bits that may be 1.
 
     Args:
         capacity: As the user gave it.
@@ -40,7 +40,7 @@ def capacity_in_bits(capacity: Capacity, layout: Layout) -> int:
 
 
 def beyond_capacity_message(path: str, count: int, room: int) -> str:
-    """What to tell someone whose mask has more trainable entries than there is room for."""
+    """The message for a mask with more trainable entries than there is room for."""
     return (
         f"A mask must not have more trainable entries than its variable has room for in compact state. Received: "
         f"{count} trainable entries for {path!r}, which has room for {room}. Call "

@@ -4,130 +4,22 @@ Frozen entries are never written, so they keep their bits whatever it does.
 """
 
 import math
-import numbers
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from freezeops import ops
-from freezeops.keras_compat.variables import Variable, components, replica_number, variable_path
+from freezeops.keras_compat.variables import FunctionConstraint, Variable, components, replica_number
 from freezeops.masks import packing
-from freezeops.masks.layout import Layout, elementwise
+from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
-from freezeops.messages import short
-from freezeops.ops import reference
 from freezeops.ops.gradients import Gradient, mask_with_bits
-from freezeops.partitions import partition
-from freezeops.partitions.partition import MaskedPartition, Plan, fit
-
-Capacity: TypeAlias = int | float
-"""Trainable entries that there is room for: a number of entries (`int`) or a share of them (`float`)."""
-
-
-def check_capacity(capacity: Any) -> None:
-    """Raises unless this is what `MaskedOptimizer` takes for `capacity`."""
-    values = capacity.values() if isinstance(capacity, Mapping) else [] if capacity is None else [capacity]
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(
-                "`capacity` must be a number of entries (int) or a share of them (float), or map path patterns to "
-                f"those. Received: capacity={short(capacity)}"
-            )
-        if not float(value) >= 0 or (not isinstance(value, numbers.Integral) and float(value) > 1):
-            raise ValueError(
-                "`capacity` must be an int that is not negative, or a float from 0.0 to 1.0. Received: "
-                f"capacity={short(capacity)}"
-            )
-
-
-def capacity_in_bits(capacity: Capacity, layout: Layout) -> int:
-    """How many of a mask's bits may be 1.
-
-    Args:
-        capacity: As the user gave it.
-        layout: The mask's, `(1, kept, inner)`.
-    """
-    entries = int(capacity) if isinstance(capacity, numbers.Integral) else math.ceil(capacity * layout.size)
-    return min(-(-entries // max(layout.inner, 1)), layout.kept)
-
-
-def beyond_capacity_message(path: str, count: int, room: int) -> str:
-    """What to tell someone whose mask has more trainable entries than there is room for."""
-    return (
-        f"A mask must not have more trainable entries than its variable has room for in compact state. Received: "
-        f"{count} trainable entries for {path!r}, which has room for {room}. Call "
-        f"`optimizer.repack(masks={{{path!r}: mask}})` instead, which makes room, keeps slots and asks for a new "
-        f"trace, or pass capacity={{{path!r}: {count}}} to MaskedOptimizer from the start."
-    )
-
-
-def choose(
-    variable: Variable,
-    mask: Mask | None,
-    permanent: bool = False,
-    maskable: str | None = None,
-    saved: Mapping[str, Any] | None = None,
-    capacity: Capacity | None = None,
-    named: bool = False,
-    at_least: bool = False,
-) -> Plan:
-    """`partition.choose` where compact state was asked for.
-
-    Args:
-        variable: The model's variable.
-        mask: What the rules make of it; `None` where no rule names it.
-        permanent: Whether a rule freezes it for good.
-        maskable: What the user asked to set aside.
-        saved: Way, layout and capacity from a saved config.
-        capacity: What the user asked to make room for; `None`: for the entries that are
-            trainable now.
-        named: Whether the user asked that for this variable in particular.
-        at_least: Whether there may be more room than that, if the mask needs it.
-
-    Returns:
-        A `Plan`; compact state is not for variables without a frozen entry, nor for those
-        that a norm is taken of whole.
-
-    Raises:
-        ValueError: If the mask needs more than is set aside.
-    """
-    plan = partition.choose(variable, mask, permanent, maskable, saved)
-    if plan.way != "full" or (saved is not None and saved["way"] == "full"):
-        return plan
-    saved_layout: Layout | None = None
-    saved_capacity = 0
-    if saved is not None and saved["way"] == "compact":
-        saved_layout, saved_capacity = Layout(*saved["layout"]), saved["capacity"]
-    assert plan.mask is not None and plan.layout is not None
-    wanted = named or saved_layout is not None
-    reason = ""
-    if getattr(variable, "constraint", None) is not None:
-        reason = f"a constraint, {type(variable.constraint).__name__}, looks at the whole variable"
-    elif getattr(variable, "overwrite_with_gradient", False):
-        reason = "its gradient overwrites it"
-    elif plan.mask.count() == plan.mask.size and not wanted:
-        reason = "nothing was frozen when built"
-    if reason:
-        return replace(plan, reason=reason)
-    shape = tuple(variable.shape)
-    layout = plan.layout if plan.layout.outer == 1 and plan.layout.kept > 1 else elementwise(shape)
-    if saved_layout is not None and mask is None:
-        empty = Mask.frozen(shape).with_layout(saved_layout)
-        return Plan("compact", saved_layout, empty, capacity=saved_capacity, pending=saved_capacity > 0)
-    mask = fit(plan.mask, layout, variable)
-    count = mask.count() // max(layout.inner, 1)
-    room = count if capacity is None else capacity_in_bits(capacity, layout)
-    if count > room and at_least:
-        room = count
-    if count > room:
-        raise ValueError(beyond_capacity_message(variable_path(variable), mask.count(), room * layout.inner))
-    if saved_layout is not None:
-        room = max(room, capacity_in_bits(saved_capacity * saved_layout.inner, layout))
-    return Plan("compact", layout, mask, capacity=room)
+from freezeops.ops.shapes import of_shape, slices_of_shape
+from freezeops.partitions.capacity import beyond_capacity_message
+from freezeops.partitions.guards import Guard
+from freezeops.partitions.partition import Description, MaskedPartition, MaskOperand, Taken
 
 
 def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int, ...]:
@@ -145,7 +37,7 @@ def pending_index(dtype: np.dtype) -> np.generic:
 
 
 def pending_message(path: str) -> str:
-    """What to tell someone who trains before the masks are there."""
+    """The message for a step before the masks are there."""
     return (
         "An optimizer with compact state that was made from a config must be given its masks, from a file or by "
         f"`register_mask`, before it trains. Received: no mask yet for {path!r}"
@@ -153,7 +45,7 @@ def pending_message(path: str) -> str:
 
 
 class IndexTensors(NamedTuple):
-    """What the ops of compact state take; see `reference.gather_trainable`."""
+    """The index of the trainable entries as ops take it; see `reference.gather_trainable`."""
 
     mask: tf.Tensor
     offsets: tf.Tensor
@@ -161,7 +53,7 @@ class IndexTensors(NamedTuple):
 
 
 class TrainableIndex:
-    """Which entries of a variable are trainable, in all forms that the ops want it in.
+    """The index of a variable's trainable entries, in all forms that ops take.
 
     Args:
         layout: Layout of the bits, `(1, kept, inner)`.
@@ -194,7 +86,7 @@ class TrainableIndex:
 
     @property
     def capacity(self) -> int:
-        """How many bits may be 1."""
+        """Number of bits that may be 1."""
         return int(self.indices.shape[0])
 
     def assign(self, packed: np.ndarray) -> None:
@@ -210,6 +102,27 @@ class TrainableIndex:
         return [IndexTensors(*(tf.convert_to_tensor(copy) for copy in of_one)) for of_one in copies]
 
 
+class ScatterGuard(Guard):
+    """Writes the trainable entries of a compact variable to the model's variable; frozen ones are never written.
+
+    Args:
+        copies: The copies of the model's variable that this context holds, each with that of the compact variable.
+        indices: The index of the trainable entries, for each copy.
+        layout: Layout of the mask.
+    """
+
+    def __init__(self, copies: list[tuple[tf.Variable, tf.Variable]], indices: list["IndexTensors"], layout: Layout):
+        self._copies = list(zip(copies, indices, strict=True))
+        self._layout = layout
+
+    def put_back(self) -> None:
+        for (variable, inner), index in self._copies:
+            ops.scatter_trainable(variable, inner.read_value(), *index, self._layout)
+
+    def discard(self) -> None:
+        """Does nothing: nothing was written."""
+
+
 class CompactPartition(MaskedPartition):
     """The inner optimizer owns a variable of the trainable entries; frozen ones are never written.
 
@@ -223,78 +136,82 @@ class CompactPartition(MaskedPartition):
         pending: Whether the mask is still to come: its indices are `pending_index` until then.
     """
 
-    way = "compact"
+    mode = "compact"
+    gathers = True
 
     def __init__(self, variable: Variable, index: TrainableIndex, inner: keras.Variable, pending: bool = False):
-        super().__init__(variable)
-        self.layout = index.layout
-        self.bits = index.bits
-        self.index = index
+        super().__init__(variable, index.layout, index.bits)
+        self._index = index
         self._inner = inner
-        self._pending = pending
+        self.pending = pending
         self._constrained_with: dict[int | None, list[IndexTensors]] = {}
 
     @property
     def capacity(self) -> int:
-        """How many of the mask's bits may be 1."""
-        return self.index.capacity
+        """Number of mask bits that may be 1."""
+        return self._index.capacity
 
     @property
     def inner_variable(self) -> keras.Variable:
         return self._inner
 
-    def take(self, gradient: Gradient) -> Gradient:
-        return self.take_and_remember(gradient)[0]
-
-    def take_and_remember(self, gradient: Gradient) -> tuple[Gradient, list[IndexTensors]]:
+    def take(self, gradient: Gradient, named_rows_only: bool = False) -> Taken:
         gradient = self.checked(gradient)
         self.check_not_pending()
         # All of a step is done with the index of this moment: another thread may change the mask in between.
-        indices = self.index.component_tensors()
+        indices = self._index.component_tensors()
         self._follow_variable(indices)
         copies = self._copies()
+        guard = ScatterGuard(copies, indices, self.layout)
         if isinstance(gradient, tf.IndexedSlices):
             self._fill(indices)
-            return self._take_slices(gradient, indices[0]), indices
+            return Taken(self._take_slices(gradient, indices[0]), self._inner, guard)
         if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
-            gradient = reference.of_shape(gradient, tf.TensorShape(self.variable.shape))
+            gradient = of_shape(gradient, tf.TensorShape(self.variable.shape))
             self._fill(indices)
             compact = ops.gather_trainable(gradient, *indices[0], self.layout)
         else:
             ((variable, inner),) = copies
             compact, values = ops.take_trainable(variable, gradient, *indices[0], self.layout)
             inner.assign(tf.reshape(values, inner.shape))
-        return tf.reshape(compact, self._inner.shape), indices
+        return Taken(tf.reshape(compact, self._inner.shape), self._inner, guard)
+
+    def take_whole(self, gradient: Gradient, masked: bool) -> Taken:
+        self.check_not_pending()
+        return super().take_whole(gradient, masked)
+
+    def mask_operand(self) -> MaskOperand:
+        return MaskOperand(self.layout, self._bits, (self._index.offsets, self._index.indices))
 
     def _follow_variable(self, indices: list[IndexTensors]) -> None:
-        """Tells the compact variable what the model's was told since it was made, for a step that begins."""
+        """Gives the compact variable the settings that the model's has when a step begins."""
         constrained = getattr(self.variable, "constraint", None) is not None
         if constrained:
             # By replica: the constraint is called in the one that this is called in, if not in the same thread.
             self._constrained_with[replica_number()] = indices
         else:
             self._constrained_with.clear()
-        self._inner.constraint = self._constrained if constrained else None
+        self._inner.constraint = FunctionConstraint(self._constrained) if constrained else None
         self._inner.overwrite_with_gradient = bool(getattr(self.variable, "overwrite_with_gradient", False))
 
     def _constrained(self, inner: keras.Variable) -> tf.Tensor:
-        """The compact variable under the constraint of the model's, which looks at the whole of it."""
+        """Returns the compact variable under the constraint of the model's, which looks at all entries."""
         del inner  # its copies
         indices = self._constrained_with[replica_number()]
-        # Only trainable entries are written, which `put_back` is to write anyway.
-        self.put_back(indices)
+        # Only trainable entries are written, which the guard is to write anyway.
+        ScatterGuard(self._copies(), indices, self.layout).put_back()
         whole = tf.cast(tf.convert_to_tensor(self.variable.constraint(self.variable)), self.variable.dtype)
         whole = tf.ensure_shape(whole, self.variable.shape)
         return tf.reshape(ops.gather_trainable(whole, *indices[0], self.layout), self._inner.shape)
 
     def _take_slices(self, gradient: tf.IndexedSlices, index: IndexTensors) -> Gradient:
-        """Slices of the compact variable: repeated rows stay repeated, as Keras squares each by itself."""
+        """Returns slices of the compact variable; repeated rows stay repeated, as Keras squares each by itself."""
         row_shape = tuple(self._inner.shape[1:])
         if not self.capacity:
             return tf.zeros(self._inner.shape, gradient.dtype)
         rows = self.variable.shape[0]
-        gradient = reference.slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
-        masked = mask_with_bits(gradient, index.mask, self.layout, self.rows)
+        gradient = slices_of_shape(gradient, tf.TensorShape(self.variable.shape))
+        masked = mask_with_bits(gradient, index.mask, self.layout, self._row_count)
         bits_per_row = self.layout.kept // rows
         # A row that does not exist is an error outside of XLA; there its bits stand for none, and it is dropped.
         named = tf.cast(masked.indices, tf.int64)
@@ -307,27 +224,23 @@ class CompactPartition(MaskedPartition):
         shape = tf.constant(list(self._inner.shape), tf.int32 if self.capacity < 2**31 else tf.int64)
         return tf.IndexedSlices(values, ranks, shape)
 
-    def remember(self, rows: tf.Tensor | None = None) -> list[IndexTensors]:
-        del rows
-        indices = self.index.component_tensors()
+    def guard(self) -> Guard:
+        """Returns a guard, with the compact variable filled from the model's."""
+        indices = self._index.component_tensors()
         self._fill(indices)
-        return indices
+        return ScatterGuard(self._copies(), indices, self.layout)
+
+    def fill(self) -> None:
+        """Sets the compact variable to the trainable entries of the model's."""
+        self._fill(self._index.component_tensors())
 
     def _fill(self, indices: list[IndexTensors]) -> None:
-        """Sets the compact variable to what the model's holds."""
         for (variable, inner), index in zip(self._copies(), indices, strict=True):
             inner.assign(tf.reshape(ops.read_trainable(variable, *index, self.layout), inner.shape))
 
-    def put_back(self, snapshot: list[IndexTensors]) -> None:
-        for (variable, inner), index in zip(self._copies(), snapshot, strict=True):
-            ops.scatter_trainable(variable, inner.read_value(), *index, self.layout)
-
-    def abandon(self, snapshot: list[IndexTensors]) -> None:
-        """Nothing was written."""
-
-    def remember_frozen(self) -> Any:
+    def variable_guard(self) -> Guard:
         self.check_not_pending()
-        return super().remember_frozen()
+        return super().variable_guard()
 
     def _copies(self) -> list[tuple[tf.Variable, tf.Variable]]:
         """The copies of variable and compact variable that this context holds."""
@@ -341,12 +254,8 @@ class CompactPartition(MaskedPartition):
         return mask
 
     def assign(self, mask: Mask) -> None:
-        self.index.assign(mask.packed)
-        self._pending = False
-
-    @property
-    def pending(self) -> bool:
-        return self._pending
+        self._index.assign(mask.packed)
+        self.pending = False
 
     def check_not_pending(self) -> None:
         """Raises where the mask is still to come.
@@ -354,19 +263,18 @@ class CompactPartition(MaskedPartition):
         Raises:
             ValueError: If this was made from a config, and nobody has set a mask since.
         """
-        if self._pending:
+        if self.pending:
             raise ValueError(pending_message(self.path))
 
-    @property
-    def bytes_beside_slots(self) -> dict[str, int]:
-        sizes = {"compact values": self._inner}
-        sizes |= dict(zip(("mask bits", "rank offsets", "indices"), self.index.variables, strict=True))
-        return {name: math.prod(v.shape) * tf.as_dtype(v.dtype).size for name, v in sizes.items()}
-
-    @property
-    def note(self) -> str:
-        used, capacity = self.mask.count(), self.capacity * self.layout.inner
-        return "" if used == capacity else f"room for {capacity:,}"
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"capacity": self.capacity}
+    def describe(self) -> Description:
+        room = self.capacity * self.layout.inner
+        held = {"compact values": self._inner}
+        held |= dict(zip(("mask bits", "rank offsets", "indices"), self._index.variables, strict=True))
+        return Description(
+            "",
+            self.layout,
+            self.layout.packed_bytes,
+            {purpose: math.prod(v.shape) * tf.as_dtype(v.dtype).size for purpose, v in held.items()},
+            room,
+            {"way": self.mode, "layout": list(self.layout), "capacity": self.capacity},
+        )

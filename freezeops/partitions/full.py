@@ -7,7 +7,7 @@ from freezeops.keras_compat.variables import Variable, components
 from freezeops.masks.mask import Mask
 from freezeops.ops.gradients import Gradient
 from freezeops.partitions.guards import Guard, RowsGuard
-from freezeops.partitions.partition import FusedOperand, MaskedPartition, Taken
+from freezeops.partitions.partition import MaskedPartition, MaskOperand, Taken
 
 
 class FullPartition(MaskedPartition):
@@ -25,12 +25,12 @@ class FullPartition(MaskedPartition):
 
     @property
     def _rows_can_be_kept(self) -> bool:
-        """Whether no other rows change when some are written, and put back."""
+        """True if writing some rows, and putting them back, changes no other row."""
         # XLA scatters 16-bit floats by way of float32: NaNs change in rows it does not even name.
         return getattr(self.variable, "constraint", None) is None and tf.as_dtype(self.variable.dtype).size >= 4
 
-    def fused_operand(self) -> FusedOperand:  # noqa: D102
-        return FusedOperand(self.layout, self._bits)
+    def mask_operand(self) -> MaskOperand:  # noqa: D102
+        return MaskOperand(self.layout, self._bits)
 
     def guard(self) -> Guard:  # noqa: D102
         return self.variable_guard()

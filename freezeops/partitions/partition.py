@@ -1,124 +1,71 @@
-"""How one variable is split between frozen and trainable entries: one class per way.
+"""The interface of partitions: how one variable is split between frozen and trainable entries.
 
-The interface is small: `inner_variable` is what the inner optimizer sees,
-`take(gradient)` is what it is given, `remember()` is called before it runs and
-`put_back(snapshot)` after. (Compact state is in `compact.py`.) A snapshot is passed on, not stored, because the
-replicas of a distributed step share their partitions.
+`take` gives what a step hands to the inner optimizer, and a guard that puts frozen entries back after it. Each mode has
+a class: `full.py`, `compact.py`, `fixed.py`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from freezeops import ops
-from freezeops.keras_compat.variables import Variable, components, dtype_name, tf_variable, variable_path
-from freezeops.masks import layout as layouts
+from freezeops.keras_compat.variables import Variable, components, empty_variable, shape_now, tf_variable, variable_path
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
-from freezeops.ops.gradients import Gradient, dense_shape, mask_with_bits, merge_slices
+from freezeops.ops.gradients import Gradient, dense_shape, mask_with_bits
+from freezeops.partitions.guards import Guard, WholeGuard
+from freezeops.partitions.plan import Mode, fit
 
-Way = Literal["full", "compact", "permanent", "unmasked"]
+
+class Taken(NamedTuple):
+    """A gradient as a step hands it on, with the variable and a guard.
+
+    Attributes:
+        gradient: What the inner optimizer is given.
+        variable: The variable that it is given with; `None`: it is given neither.
+        guard: What puts frozen entries back after the step.
+    """
+
+    gradient: Gradient
+    variable: Variable | None
+    guard: Guard
+
+
+class MaskOperand(NamedTuple):
+    """A mask as a fused update takes it.
+
+    Attributes:
+        layout: Layout of the mask bits.
+        bits: `uint8` variable of the packed mask; `None`: every entry is trainable.
+        ranks: With compact state the variables of rank offsets and of trainable indices; else `None`.
+    """
+
+    layout: Layout
+    bits: Variable | None = None
+    ranks: tuple[Variable, Variable] | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `choose` decided for one variable.
+class Description:
+    """The properties of a partition that reports and configs show.
 
     Attributes:
-        way: Which partition class.
-        layout: Layout of the mask variable; `None` where there is none.
-        mask: The first mask, in that layout; `None` where there is none.
-        reason: Why the variable can't be masked, or why its state is not compact though
-            that was asked for; else empty.
-        capacity: With compact state: how many of the mask's bits may be 1.
-        pending: With compact state: whether the mask is still to come, from a file.
+        reason: Why the variable has this mode; empty where that needs no reason.
+        layout: Layout of the mask; `None` without one.
+        mask_bytes: Bytes of the mask on the device.
+        overhead_bytes: With compact state the memory that it needs but for slots, in bytes, by purpose.
+        capacity: How many entries can be trainable without `repack`.
+        config: Mode and layout as a config holds them, without mask bits.
     """
 
-    way: Way
-    layout: Layout | None = None
-    mask: Mask | None = None
     reason: str = ""
+    layout: Layout | None = None
+    mask_bytes: int = 0
+    overhead_bytes: dict[str, int] = field(default_factory=dict)
     capacity: int = 0
-    pending: bool = False
-
-
-def choose(
-    variable: Variable,
-    mask: Mask | None,
-    permanent: bool = False,
-    maskable: str | None = None,
-    saved: Mapping[str, Any] | None = None,
-) -> Plan:
-    """Chooses the way and the mask layout of a variable. Both stay from then on.
-
-    Args:
-        variable: The model's variable.
-        mask: What the rules make of it; `None` where no rule names it.
-        permanent: Whether a rule freezes it for good.
-        maskable: What the user asked to set aside: `"elements"`, `"rows"`,
-            `"columns"` or `"none"`; `None` where nothing was said.
-        saved: Way and layout from a saved config, which a file's masks will need.
-
-    Returns:
-        A `Plan`.
-
-    Raises:
-        ValueError: If the mask needs more than can be set aside.
-    """
-    if permanent or (saved is not None and saved["way"] == "permanent" and (mask is None or not mask.count())):
-        return Plan("permanent")
-    dtype = dtype_name(variable)
-    if dtype not in ops.FLOAT_DTYPES:
-        if mask is not None and mask.count() != mask.size:
-            raise ValueError(
-                f"A mask must be for a variable of a dtype in {ops.FLOAT_DTYPES}. "
-                f"Received: variable {variable_path(variable)!r} of dtype={dtype}"
-            )
-        return Plan("unmasked", reason=f"dtype {dtype}")
-    if maskable == "none" or (maskable is None and saved is not None and saved["way"] == "unmasked"):
-        if mask is not None and mask.count() != mask.size:
-            raise ValueError(cannot_hold_message(variable, None))
-        return Plan("unmasked", reason="maskable='none'")
-    shape = tuple(variable.shape)
-    if maskable is not None:
-        layout = layouts.named(maskable, shape)
-    elif saved is not None and saved["way"] == "full":
-        layout = Layout(*saved["layout"])
-    elif mask is None or mask.layout.kept == 1:
-        layout = layouts.elementwise(shape)
-    else:
-        layout = mask.layout
-    if mask is None:
-        mask = Mask.trainable(shape)
-    return Plan("full", layout, fit(mask, layout, variable))
-
-
-def fit(mask: Mask, layout: Layout, variable: Variable) -> Mask:
-    """The mask in a variable's layout.
-
-    Raises:
-        ValueError: If the layout can't hold it; the message names `maskable`.
-    """
-    try:
-        return mask.with_layout(layout)
-    except ValueError:
-        raise ValueError(cannot_hold_message(variable, layout)) from None
-
-
-def cannot_hold_message(variable: Variable, layout: Layout | None) -> str:
-    """What to tell someone whose mask needs more bits than were set aside."""
-    path = variable_path(variable)
-    set_aside = "no bits" if layout is None else f"layout {tuple(layout)}"
-    return (
-        f"A mask must fit into what was set aside for its variable when the optimizer was built. "
-        f"Received: a mask of single entries for {path!r}, which has {set_aside}. Pass "
-        f"maskable={{{path!r}: 'elements'}} (or 'rows', 'columns') to MaskedOptimizer to set "
-        "more aside."
-    )
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 class Partition(ABC):
@@ -126,9 +73,18 @@ class Partition(ABC):
 
     Args:
         variable: The model's variable.
+
+    Attributes:
+        mode: Which kind of partition this is.
+        path: The variable's path.
+        size: The variable's number of entries.
+        gathers: Whether `take` gathers the trainable entries into a variable of their own.
+        pending: Whether the mask is still to come, from a file.
     """
 
-    way: Way
+    mode: Mode
+    gathers = False
+    pending = False
 
     def __init__(self, variable: Variable):
         self.variable = variable
@@ -137,30 +93,88 @@ class Partition(ABC):
 
     @property
     def inner_variable(self) -> Variable | None:
-        """What the inner optimizer is built with; `None`: it never sees this variable."""
+        """The variable that the inner optimizer is built with; `None`: it never sees this one."""
         return self.variable
 
     @abstractmethod
     def masked(self, gradient: Gradient) -> Gradient:
-        """A gradient of the variable with +0.0 in the frozen entries.
+        """Returns a gradient of the variable with +0.0 in the frozen entries.
 
         Raises:
             ValueError: If it has not the variable's shape.
         """
 
-    def take(self, gradient: Gradient) -> Gradient:
-        """What the inner optimizer is given for a gradient of the variable."""
-        return self.masked(gradient)
+    @abstractmethod
+    def take(self, gradient: Gradient, named_rows_only: bool = False) -> Taken:
+        """Returns what the inner optimizer is given for a gradient of the variable.
 
-    def take_and_remember(self, gradient: Gradient) -> tuple[Gradient, Any]:
-        """`take`, and what `remember` would return right after it; `None` where that is still to be called."""
-        return self.take(gradient), None
+        Args:
+            gradient: As the model gives it.
+            named_rows_only: Whether the inner optimizer writes no rows but those that a sparse gradient names.
+
+        Raises:
+            ValueError: If the gradient has not the variable's shape.
+        """
+
+    def take_whole(self, gradient: Gradient, masked: bool) -> Taken:
+        """Returns what an update is given that looks at the mask itself, and so needs no guard.
+
+        Args:
+            gradient: As the model gives it.
+            masked: Whether something looks at the gradient before the update.
+        """
+        return Taken(self.masked(gradient) if masked else self.checked(gradient), self.variable, Guard())
+
+    def mask_operand(self) -> MaskOperand:
+        """Returns the mask as a fused update of the model's variable takes it."""
+        return MaskOperand(Layout(1, 1, self.size))
+
+    def guard(self) -> Guard:
+        """Returns a guard for a step in which there is no gradient of the variable."""
+        return Guard()
+
+    def variable_guard(self) -> Guard:
+        """Returns a guard around writes of the model's variable by something else than the inner optimizer."""
+        return Guard()
+
+    def fill_frozen(self, average: Variable) -> None:
+        """Sets the frozen entries of a moving average to the variable's own values."""
+
+    def clear_frozen(self, accumulator: Variable) -> None:
+        """Sets the frozen entries of an accumulated gradient to zero."""
+
+    @property
+    @abstractmethod
+    def mask(self) -> Mask:
+        """The mask as it is now."""
+
+    @abstractmethod
+    def fit(self, mask: Mask) -> Mask:
+        """Returns the mask as `assign` takes it.
+
+        Raises:
+            ValueError: If this variable can't take it.
+        """
+
+    def assign(self, mask: Mask) -> None:
+        """Sets a mask that `fit` returned; no retracing."""
+
+    def describe(self) -> Description:
+        """Returns what reports and configs say of this."""
+        return Description(config={"way": self.mode})
+
+    @property
+    def frozen_count(self) -> int:
+        """Number of entries that are frozen now."""
+        return self.size - self.mask.count()
 
     def checked(self, gradient: Any) -> Gradient:
-        """A gradient of the variable as it is, if it has the variable's shape.
+        """Returns a gradient as it is, if it has the variable's shape.
 
-        What is not known of that yet is looked at when the step runs; where all is known, that
-        costs nothing.
+        Dimensions that are not static are checked when the step runs; where all are static, that costs nothing.
+
+        Raises:
+            ValueError: If it has another shape.
         """
         if not isinstance(gradient, tf.IndexedSlices):
             gradient = tf.convert_to_tensor(gradient)
@@ -177,272 +191,55 @@ class Partition(ABC):
             return gradient
         return tf.IndexedSlices(tf.ensure_shape(values, [None, *own[1:]]), gradient.indices, gradient.dense_shape)
 
-    def remember(self, rows: tf.Tensor | None = None) -> Any:
-        """Called before the inner optimizer runs.
-
-        Args:
-            rows: Indices of the only rows that can be written until `put_back`, where
-                that is known.
-
-        Returns:
-            Something opaque, for `put_back` alone.
-        """
-        return None
-
-    def clear_accumulator(self, accumulator: Variable) -> None:
-        """Sets the frozen entries of an accumulated gradient to zero."""
-
-    def put_back(self, snapshot: Any) -> None:
-        """Called after it ran: makes the frozen entries what they were when `snapshot` was taken."""
-
-    def abandon(self, snapshot: Any) -> None:
-        """Called instead of `put_back` where it failed."""
-        self.put_back(snapshot)
-
-    def put_into_average(self, average: Variable) -> None:
-        """Makes the frozen entries of a moving-average slot the variable's own."""
-
-    def remember_frozen(self) -> Any:
-        """Called before something else than the inner optimizer may write the model's variable.
-
-        Returns:
-            Something opaque, for `restore_frozen` alone.
-        """
-        return None
-
-    def restore_frozen(self, snapshot: Any) -> None:
-        """Called after it: makes the model's variable's frozen entries what they were, and leaves all others."""
-
-    @property
-    @abstractmethod
-    def mask(self) -> Mask:
-        """The mask as it is now."""
-
-    @abstractmethod
-    def fit(self, mask: Mask) -> Mask:
-        """The mask as `assign` takes it.
-
-        Raises:
-            ValueError: If this variable can't take it.
-        """
-
-    def assign(self, mask: Mask) -> None:
-        """Sets a mask that `fit` returned; no retracing."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether the mask is still to come, from a file."""
-        return False
-
-    @property
-    def frozen_count(self) -> int:
-        """How many entries are frozen now."""
-        return self.size - self.mask.count()
-
-    @property
-    def mask_bytes(self) -> int:
-        """Bytes of the mask on the device."""
-        return 0
-
-    @property
-    def bytes_beside_slots(self) -> dict[str, int]:
-        """Bytes that compact state needs beside slots, by what for."""
-        return {}
-
-    @property
-    def note(self) -> str:
-        """A word for people on why the way is what it is."""
-        return ""
-
-    def get_config(self) -> dict[str, Any]:
-        """Way and layout, serializable; no mask bits."""
-        return {"way": self.way}
-
-
-class _Snapshot(NamedTuple):
-    """What a `MaskedPartition` remembers of one copy of its variable.
-
-    Attributes:
-        bits: The packed mask.
-        old: What `ops.remember_frozen` returned; or the old rows.
-        rows: Indices of the rows in `old`; `None` for the whole variable.
-    """
-
-    bits: tf.Tensor
-    old: tf.Tensor
-    rows: tf.Tensor | None = None
-
 
 class MaskedPartition(Partition):
-    """One with a mask that can change: a packed one on the device.
-
-    Attributes:
-        layout: Layout of the bits.
-        bits: `uint8` variable of the packed mask.
-    """
-
-    layout: Layout
-    bits: keras.Variable
-
-    def masked(self, gradient: Gradient) -> Gradient:
-        bits = tf.convert_to_tensor(tf_variable(self.bits))
-        return mask_with_bits(self.checked(gradient), bits, self.layout, self.rows)
-
-    @property
-    def rows(self) -> int | None:
-        """How many rows slices can be of; `None` for a scalar, which has none."""
-        return self.variable.shape[0] if len(self.variable.shape) else None
-
-    @property
-    def mask(self) -> Mask:
-        return Mask(tuple(self.variable.shape), self.layout, self.bits.numpy())
-
-    def fit(self, mask: Mask) -> Mask:
-        return fit(mask, self.layout, self.variable)
-
-    def remember_frozen(self) -> list[_Snapshot]:
-        # With the bits of this moment: another thread may change the mask meanwhile.
-        return [
-            _Snapshot(bits, ops.remember_frozen(variable, bits, self.layout))
-            for variable, bits in self._components(self.variable)
-        ]
-
-    def restore_frozen(self, snapshot: list[_Snapshot]) -> None:
-        for variable, (bits, old, _) in zip(components(self.variable), snapshot, strict=True):
-            ops.restore_frozen(variable, bits, old, self.layout)
-
-    def _components(self, variable: Variable) -> list[tuple[tf.Variable, tf.Tensor]]:
-        """The copies of a variable that this context holds, each with the bits beside it."""
-        bits = [tf.convert_to_tensor(copy) for copy in components(self.bits)]
-        return list(zip(components(variable), bits, strict=True))
-
-    @property
-    def mask_bytes(self) -> int:
-        return self.layout.packed_bytes
-
-    def get_config(self) -> dict[str, Any]:
-        return {"way": self.way, "layout": list(self.layout)}
-
-
-class FullPartition(MaskedPartition):
-    """The inner optimizer has slots of the variable's shape; what it does to frozen entries is undone.
+    """A partition with a mask that can change: packed bits on the device.
 
     Args:
         variable: The model's variable.
         layout: Layout of the bits.
         bits: `uint8` variable of the packed mask.
-        reason: Why the state is not compact though that was asked for.
+        reason: Why the variable has this mode, where that needs a reason.
     """
-
-    way = "full"
 
     def __init__(self, variable: Variable, layout: Layout, bits: keras.Variable, reason: str = ""):
         super().__init__(variable)
         self.layout = layout
-        self.bits = bits
-        self._reason = reason
-
-    def remember(self, rows: tf.Tensor | None = None) -> list[_Snapshot]:
-        if rows is None:
-            return self.remember_frozen()
-        return [_Snapshot(bits, variable.sparse_read(rows), rows) for variable, bits in self._components(self.variable)]
-
-    def put_back(self, snapshot: list[_Snapshot]) -> None:
-        if all(part.rows is None for part in snapshot):
-            self.restore_frozen(snapshot)
-            return
-        for variable, (bits, old, rows) in zip(components(self.variable), snapshot, strict=True):
-            if rows is not None:
-                new = variable.sparse_read(rows)
-                merged = merge_slices(new, old, rows, bits, self.layout, variable.shape[0])
-                variable.scatter_update(tf.IndexedSlices(merged, rows))
-
-    def put_into_average(self, average: Variable) -> None:
-        variables = components(self.variable)
-        for (slot, bits), variable in zip(self._components(average), variables, strict=True):
-            own = tf.reshape(variable.read_value(), [self.size])
-            ops.restore_frozen(slot, bits, own, self.layout)
-
-    def clear_accumulator(self, accumulator: Variable) -> None:
-        for slot, bits in self._components(accumulator):
-            slot.assign(ops.mask_gradient(slot.read_value(), bits, self.layout))
-
-    def assign(self, mask: Mask) -> None:
-        self.bits.assign(mask.packed)
-
-    @property
-    def note(self) -> str:
-        return self._reason
-
-
-class PermanentPartition(Partition):
-    """The inner optimizer never sees the variable: no slots, no cost, no way back."""
-
-    way = "permanent"
-
-    @property
-    def inner_variable(self) -> None:
-        return None
-
-    def masked(self, gradient: Gradient) -> Gradient:
-        gradient = self.checked(gradient)
-        if isinstance(gradient, tf.IndexedSlices):
-            values = tf.zeros_like(gradient.values)
-            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-        return tf.zeros_like(gradient)
-
-    def remember_frozen(self) -> list[tf.Tensor]:
-        return [variable.read_value() for variable in components(self.variable)]
-
-    def restore_frozen(self, snapshot: list[tf.Tensor]) -> None:
-        for variable, old in zip(components(self.variable), snapshot, strict=True):
-            variable.assign(old)
-
-    @property
-    def mask(self) -> Mask:
-        return Mask.frozen(tuple(self.variable.shape))
-
-    def fit(self, mask: Mask) -> Mask:
-        if mask.count():
-            raise ValueError(
-                "A variable that was frozen with `permanent=True` must stay frozen: the inner "
-                f"optimizer has no slots for it. Received: {self.path!r} with {mask.count()} "
-                "trainable entries"
-            )
-        return mask
-
-
-class UnmaskedPartition(Partition):
-    """The variable trains as without freezeops: no bits were set aside for it.
-
-    Args:
-        variable: The model's variable.
-        reason: Why, for `summary()`.
-    """
-
-    way = "unmasked"
-
-    def __init__(self, variable: Variable, reason: str):
-        super().__init__(variable)
+        self._bits = bits
         self._reason = reason
 
     def masked(self, gradient: Gradient) -> Gradient:
-        return self.checked(gradient)
+        bits = tf.convert_to_tensor(tf_variable(self._bits))
+        return mask_with_bits(self.checked(gradient), bits, self.layout, self._row_count)
+
+    @property
+    def _row_count(self) -> int | None:
+        """Length of the first axis; `None` for a scalar."""
+        return self.variable.shape[0] if len(self.variable.shape) else None
 
     @property
     def mask(self) -> Mask:
-        return Mask.trainable(tuple(self.variable.shape))
+        return Mask(tuple(self.variable.shape), self.layout, self._bits.numpy())
 
     def fit(self, mask: Mask) -> Mask:
-        if mask.count() != mask.size:
-            if not tf.as_dtype(self.variable.dtype).is_floating:
-                raise ValueError(
-                    "A mask must be for a variable of a floating dtype. "
-                    f"Received: variable {self.path!r} of dtype={dtype_name(self.variable)}"
-                )
-            raise ValueError(cannot_hold_message(self.variable, None))
-        return mask
+        return fit(mask, self.layout, self.variable)
 
-    @property
-    def note(self) -> str:
-        return self._reason
+    def variable_guard(self) -> Guard:
+        return WholeGuard(self._copies_with_bits(self.variable), self.layout)
+
+    def _copies_with_bits(self, variable: Variable) -> list[tuple[tf.Variable, tf.Tensor]]:
+        """The copies of a variable that this context holds, each with the mask bits on its device."""
+        bits = [tf.convert_to_tensor(copy) for copy in components(self._bits)]
+        return list(zip(components(variable), bits, strict=True))
+
+    def bits_shape(self) -> tf.Tensor:
+        """Returns the shape of the mask bits when a function runs: `[0]` after `retire`."""
+        return shape_now(self._bits)
+
+    def retire(self) -> None:
+        """Empties the mask bits, so that every function that was traced with them fails."""
+        empty_variable(self._bits)
+
+    def describe(self) -> Description:
+        config = {"way": self.mode, "layout": list(self.layout)}
+        return Description(self._reason, self.layout, self.layout.packed_bytes, capacity=self.size, config=config)

@@ -19,7 +19,7 @@ Mode = Literal["full", "compact", "permanent", "unmasked"]
 
 @dataclass(frozen=True)
 class Room:
-    """What was asked for in compact state.
+    """The room that was asked for in compact state.
 
     Attributes:
         capacity: As the user gave it; `None`: room for the entries that are trainable now.
@@ -34,7 +34,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for one variable.
+    """A request for the plan of one variable.
 
     Attributes:
         variable: The model's variable.
@@ -54,12 +54,12 @@ class Request:
     room: Room | None = None
 
     def was_saved(self, mode: Mode) -> bool:
-        """Whether a saved config names this mode."""
+        """Returns whether a saved config names this mode."""
         return self.saved is not None and self.saved["way"] == mode
 
     @property
     def freezes(self) -> bool:
-        """Whether the mask freezes an entry."""
+        """True if the mask freezes an entry."""
         return self.mask is not None and self.mask.count() != self.mask.size
 
 

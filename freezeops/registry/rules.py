@@ -1,39 +1,32 @@
-"""Rules: what users say about masks, and how it finds its variables.
+"""Mask rules: one per call of the user's.
 
-A rule is a target (variables, layers or a path pattern), an action and the entries
-that it names. Rules given before the optimizer is built wait here until the
-variables are known; later ones are carried out at once.
+A rule names targets and entries, and is applied when the variables are known: rules given before the optimizer is
+built wait until then, later ones are carried out at once.
 """
 
-import contextlib
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import tensorflow as tf
 
 from freezeops.keras_compat.variables import Variable, is_variable, variable_key, variable_path
-from freezeops.masks.layout import Layout, Shape
-from freezeops.masks.mask import Mask, as_array, check_broadcast, check_indices, check_not_flags
-from freezeops.messages import short
-from freezeops.storage.saved_names import Named, unique
-from freezeops.storage.stored import Stored, find
+from freezeops.masks.checks import as_array
+from freezeops.masks.layout import Layout
+from freezeops.masks.mask import Mask
+from freezeops.masks.where import Booleans, named_entries
+from freezeops.registry.targets import (
+    ExactPath,
+    check_is_variable,
+    check_maskable_dtype,
+    compile_pattern,
+    flatten_target,
+    path_matches,
+)
+from freezeops.storage.matching import find_variables
+from freezeops.storage.stored import Stored
 
 Action = Literal["register_mask", "freeze", "unfreeze", "train_only"]
-
-
-_NO_PATTERN = (re.error, RecursionError, OverflowError)
-"""What `re.compile` raises."""
-
-
-@dataclass(frozen=True)
-class ExactPath:
-    """A target: the one variable of this whole path."""
-
-    path: str
 
 
 class _LeftOut:
@@ -48,14 +41,14 @@ LEFT_OUT = _LeftOut()
 
 
 @dataclass(frozen=True)
-class Rule:
+class MaskRule:
     """One call of `register_mask`, `freeze`, `unfreeze` or `train_only`.
 
     Attributes:
         action: The call's name.
         target: Variables, layers, a pattern, or a list of those.
-        entries: The mask for `register_mask`; otherwise what the verb acts on, as
-            an array, index expression or `None` for every entry.
+        entries: The mask for `register_mask`; otherwise the entries that the verb acts on.
+            A `Mask`, `Booleans`, an integer array, an index expression, or `None` for every entry.
         permanent: Whether `freeze` leaves the variable out of the inner optimizer.
     """
 
@@ -72,19 +65,22 @@ class Rule:
 
     @property
     def states_all(self) -> bool:
-        """Whether the mask after this rule is known, whatever it was before."""
+        """True if the mask after this rule is known, whatever it was before."""
         return self.action in ("register_mask", "train_only") or self.entries is None
 
     @property
     def freezes(self) -> bool:
-        """Whether any entry can be frozen after this rule that was not before."""
+        """True if an entry can be frozen after this rule that was not before."""
         if self.action == "register_mask":
-            return not np.all(self.entries.to_numpy() if isinstance(self.entries, Mask) else self.entries)
+            mask = self.entries.packed if isinstance(self.entries, Booleans) else self.entries
+            return mask.count() != mask.size
         return self.action != "unfreeze"
 
     def apply_to(self, mask: Mask) -> Mask:
         """The mask after this rule."""
         if self.action == "register_mask":
+            if isinstance(self.entries, Booleans):
+                return self.entries.as_mask(mask.shape, "mask")
             return Mask.from_array(self.entries, mask.shape)
         entries = named_entries(self.entries, mask.shape)
         if self.action == "freeze":
@@ -113,315 +109,47 @@ class Loaded:
     strict: bool = False
 
 
-def named_entries(where: Any, shape: Shape) -> Mask:
-    """The entries that `where` names, as a mask that is True there.
-
-    Args:
-        where: `None` for all; a boolean array (axes of length 1 broadcast, a scalar
-            stands for all); an index expression (a slice, or a tuple as `np.s_`
-            makes it); or integer indices along the first axis. As many zeros and ones
-            as an axis is long could be booleans as well: they are refused, unless each
-            occurs once (`[0, 1]` on an axis of length 2 names both).
-        shape: Shape of the variable.
-
-    Returns:
-        A `Mask`; with one bit per row or column where no more is needed.
-
-    Raises:
-        TypeError: If `where` is a `Mask`, or neither boolean, integer nor an index.
-        ValueError: If a boolean array does not fit the shape, or integers could be meant
-            as booleans.
-        IndexError: If an index is outside of the variable.
-    """
-    if isinstance(where, Mask):
-        raise TypeError(
-            "`where` must name the entries to act on: a boolean array, an index expression or "
-            "integer indices. Received: an fz.Mask, whose True means trainable. Use "
-            "`register_mask(target, mask)`, or pass `mask.to_numpy()` to act where it is True."
-        )
-    if where is None:
-        return Mask.trainable(shape)
-    if where is Ellipsis or isinstance(where, slice | tuple):
-        return _indexed(where if isinstance(where, tuple) else (where,), shape)
-    array = as_array(where, "where")
-    if array.dtype == np.bool_:
-        check_broadcast(array.shape, shape, "where")
-        return Mask.from_array(array, shape)
-    if not shape:
-        raise IndexError(
-            "`where` must be booleans for a scalar variable, which has no axis to index. Received: "
-            f"where={short(where)}"
-        )
-    return Mask.rows(shape, check_indices(array, shape[0], "where"))
-
-
-def _indexed(index: tuple, shape: Shape) -> Mask:
-    """The entries of an index expression, on an array with length 1 along whole axes."""
-    small = list(shape)
-    if not any(part is None or _is_boolean(part) for part in index):
-        # Each part stands for one axis, so whole axes can be told and left out.
-        index = _without_ellipsis(index, len(shape))
-        arrays = [axis for axis, part in enumerate(index) if np.ndim(part) and axis < len(shape)]
-        if len(arrays) == 1:  # Several are coordinates of entries, and their zeros and ones repeat.
-            check_not_flags(np.asarray(index[arrays[0]]), shape[arrays[0]], "where")
-        for axis, size in enumerate(shape):
-            whole = axis >= len(index) or _is_whole(index[axis])
-            small[axis] = min(size, 1) if whole else size
-    flags = np.zeros(small, bool)
-    try:
-        flags[index] = True
-    except (IndexError, TypeError, ValueError) as error:
-        raise IndexError(
-            f"`where` must be a valid index of a variable of shape {shape}. Received: where={short(index)}: {error}"
-        ) from None
-    return Mask.from_array(flags, shape)
-
-
-def _is_boolean(part: Any) -> bool:
-    return not isinstance(part, slice) and np.asarray(part).dtype == np.bool_
-
-
-def _is_whole(part: Any) -> bool:
-    return isinstance(part, slice) and part == slice(None)
-
-
-def _without_ellipsis(index: tuple, rank: int) -> tuple:
-    """The index with a single `...` written out."""
-    positions = [i for i, part in enumerate(index) if part is Ellipsis]
-    if len(positions) != 1:
-        return index
-    at = positions[0]
-    missing = max(rank - (len(index) - 1), 0)
-    return index[:at] + (slice(None),) * missing + index[at + 1 :]
-
-
 def _copied(entries: Any, name: str) -> Any:
-    if entries is None or entries is Ellipsis or isinstance(entries, Mask | slice | _LeftOut):
+    """Returns what a rule keeps of what the user gave: booleans packed, once; everything else as a copy."""
+    if isinstance(entries, Mask | Booleans | _LeftOut):
+        return entries
+    if name == "mask":
+        return Booleans(Mask.from_array(entries))
+    if entries is None or entries is Ellipsis or isinstance(entries, slice):
         return entries
     if isinstance(entries, tuple):
-        return tuple(_copied(part, name) for part in entries)
-    return np.array(as_array(entries, name))
+        return tuple(_copied_part(part) for part in entries)
+    array = as_array(entries, name)
+    return Booleans(Mask.from_array(array)) if array.dtype == np.bool_ else np.array(array)
 
 
-def check_before_build(rule: Rule) -> None:
+def _copied_part(part: Any) -> Any:
+    """Returns a copy of one part of an index expression."""
+    if part is None or part is Ellipsis or isinstance(part, slice):
+        return part
+    return np.array(as_array(part, "where"))
+
+
+def check_before_build(rule: MaskRule) -> None:
     """Raises what can be known to be wrong before the variables are known."""
-    if not isinstance(rule.entries, Mask) and rule.action == "register_mask":
-        Mask.from_array(rule.entries)
     for target in rule.target:
         if is_variable(target):
             check_maskable_dtype(target)
             rule.apply_to(Mask.trainable(target.shape))
         elif isinstance(target, str):
-            _compile(target)
+            compile_pattern(target)
     if isinstance(rule.entries, Mask) and rule.action != "register_mask":
         named_entries(rule.entries, rule.entries.shape)
 
 
-def check_maskable_dtype(variable: Variable) -> None:
-    """Raises unless the variable is of a floating dtype."""
-    dtype = tf.as_dtype(variable.dtype)
-    if not dtype.is_floating:
-        raise ValueError(
-            "A mask must be for a variable of a floating dtype. "
-            f"Received: variable {variable_path(variable)!r} of dtype={dtype.name}"
-        )
-
-
-def flatten_target(target: Any) -> list[Any]:
-    """Variables, layers and patterns out of a target or nested lists of them.
-
-    Raises:
-        TypeError: If something else is among them.
-    """
-    if isinstance(target, str | ExactPath) or is_variable(target) or hasattr(target, "trainable_variables"):
-        return [target]
-    if isinstance(target, list | tuple | set | frozenset) or (
-        isinstance(target, Iterable) and not isinstance(target, dict | np.ndarray | tf.Tensor)
-    ):
-        return [part for item in target for part in flatten_target(item)]
-    raise TypeError(
-        "`target` must be a variable, a layer, a model, a path pattern (str) or a list of those. "
-        f"Received: target={short(target)} of type {type(target).__name__}"
-    )
-
-
-class VariableIndex:
-    """The variables that an optimizer knows, to be found by identity or by path.
-
-    Args:
-        variables: Keras or TensorFlow variables, in order.
-    """
-
-    def __init__(self, variables: Sequence[Variable]):
-        self.variables = list(variables)
-        self.paths = [variable_path(variable) for variable in self.variables]
-        self._positions = {variable_key(v): i for i, v in enumerate(self.variables)}
-
-    @property
-    def named(self) -> list[Named]:
-        """Unique paths and shapes, as stores name variables."""
-        shapes = (tuple(variable.shape) for variable in self.variables)
-        return list(zip(unique(self.paths), shapes, strict=True))
-
-    def find_position(self, variable: Variable) -> int | None:
-        """Position of a variable, `None` where the optimizer does not know it."""
-        return self._positions.get(variable_key(variable))
-
-    def position(self, variable: Variable) -> int:
-        """Position of a variable.
-
-        Raises:
-            TypeError: If it is no variable.
-            ValueError: If the optimizer does not know it.
-        """
-        _check_is_variable(variable)
-        position = self.find_position(variable)
-        if position is None:
-            path = variable_path(variable)
-            raise ValueError(
-                "A variable must be one of those that the optimizer was built with. Received: "
-                f"variable {path!r} of shape {tuple(variable.shape)}{self._why_unknown(variable, path)}"
-            )
-        return position
-
-    def find(self, target: Any) -> list[int]:
-        """Positions of the variables that a target stands for, in the order of their naming.
-
-        Raises:
-            TypeError: If the target is of no known kind.
-            ValueError: If a variable is unknown, a layer not built, a pattern matches
-                nothing, or a plain name fits two variables.
-        """
-        found: dict[int, None] = {}
-        for part in flatten_target(target):
-            if isinstance(part, ExactPath):
-                positions = [i for i, path in enumerate(self.paths) if path == part.path]
-                if len(positions) != 1:
-                    raise ValueError(
-                        "A path must be that of one variable. Received: "
-                        f"{part.path!r}, which matches {len(positions) or 'nothing'}.{self._nearest(part.path)}"
-                    )
-            elif isinstance(part, str):
-                positions = self._match(part)
-            elif is_variable(part):
-                positions = [self.position(part)]
-            else:
-                positions = [self.position(v) for v in layer_variables(part)]
-            found.update(dict.fromkeys(positions))
-        return list(found)
-
-    def _match(self, pattern: str) -> list[int]:
-        positions = [i for i, path in enumerate(self.paths) if path_matches(pattern, path)]
-        if not positions:
-            raise ValueError(
-                "A path pattern must match a variable's whole path, or its tail after a '/'. "
-                f"Received: {short(pattern)}, which matches nothing.{self._meant(pattern)}{self._nearest(pattern)}"
-            )
-        if len(positions) > 1 and all(f"/{self.paths[i]}".endswith(f"/{pattern}") for i in positions):
-            # No part of it was needed as a pattern: it is a name, and names mean one variable.
-            exact = [i for i in positions if self.paths[i] == pattern]
-            if len(exact) == 1:
-                return exact
-            raise ValueError(
-                "A plain name must fit one variable. Received: "
-                f"{pattern!r}, which fits {short([self.paths[i] for i in positions])}. Write more of the "
-                f"path, or a pattern such as '.*{pattern}' to mean all of them."
-            )
-        return positions
-
-    def _why_unknown(self, variable: Variable, path: str) -> str:
-        """How it may be that the optimizer does not know a variable, and what to do then."""
-        if not self.variables:
-            return ", and the optimizer was built with none. Compile the model with a new optimizer."
-        carry = "`fz.save_masks` and `fz.load_masks` carry its masks over."
-        if path in self.paths:
-            return (
-                ", which is not the variable of that path that the optimizer knows: it was built with another model, "
-                f"or before this one was made anew. Compile with a new optimizer, one for each model; {carry}"
-            )
-        if not getattr(variable, "trainable", True):
-            return (
-                ", which is not trainable: an optimizer is built with the trainable variables, so nothing trains this "
-                "one. To train some of its entries, set `layer.trainable = True` and compile with a new optimizer; "
-                f"{carry}"
-            )
-        return (
-            ", which is another model's, or was added to this one (or made trainable) after the optimizer was built. "
-            f"Compile with a new optimizer, one for each model; {carry}{self._nearest(path)}"
-        )
-
-    def _meant(self, pattern: str) -> str:
-        """The regular expression that a name or glob was perhaps meant as, if it matches something."""
-        for meant in (_without_globs(pattern), f"{pattern.rstrip('/')}/.*"):
-            with contextlib.suppress(*_NO_PATTERN):
-                compiled = re.compile(meant)
-                if any(_matches(compiled, path) for path in self.paths):
-                    return f" Patterns are regular expressions: write {meant!r}."
-        return ""
-
-    def _nearest(self, text: str) -> str:
-        paths = list(dict.fromkeys(self.paths))
-        near = difflib.get_close_matches(text, paths, n=5, cutoff=0.4) or paths[:5]
-        return f" The nearest paths: {near}" if near else " The optimizer has no variables."
-
-
-def _check_is_variable(variable: Any) -> None:
-    if not is_variable(variable):
-        raise TypeError(
-            "A variable must be a keras.Variable or a tf.Variable. "
-            f"Received: {short(variable)} of type {type(variable).__name__}"
-        )
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except _NO_PATTERN as error:
-        hint = f" Write {meant!r}." if (meant := _without_globs(pattern)) != pattern else ""
-        raise ValueError(
-            f"A path pattern must be a regular expression. Received: {short(pattern)}: {error}.{hint}"
-        ) from None
-
-
-def _without_globs(pattern: str) -> str:
-    """A pattern with `.*` for every `*` that repeats nothing or a name's character, as a shell reads `a/*`."""
-    return re.sub(r"(?<![.)\]}\\*])\*+", ".*", pattern)
-
-
-def path_matches(pattern: str, path: str) -> bool:
-    """Whether a pattern matches a whole path, or its tail after some `/`."""
-    return _matches(_compile(pattern), path)
-
-
-def _matches(compiled: re.Pattern[str], path: str) -> bool:
-    parts = path.split("/")
-    return any(compiled.fullmatch("/".join(parts[i:])) for i in range(len(parts)))
-
-
-def layer_variables(layer: Any) -> list[Variable]:
-    """The trainable variables of a layer, model or module.
-
-    Raises:
-        ValueError: If a Keras layer has not been built and so has none yet.
-    """
-    variables = list(layer.trainable_variables)
-    if not variables and not getattr(layer, "built", True):
-        raise ValueError(
-            "A layer must have been built before its variables can be found. "
-            f"Received: layer {layer.name!r} without variables. Build the model first, "
-            "or name the variables by a pattern before the optimizer is built."
-        )
-    return variables
-
-
-def mask_before_build(variable: Variable, rules: Sequence[Rule | Loaded]) -> Mask:
-    """What the rules so far make of one variable, their patterns matched against it alone."""
-    _check_is_variable(variable)
+def mask_before_build(variable: Variable, rules: Sequence[MaskRule | Loaded]) -> Mask:
+    """Returns the mask that rules give one variable, their patterns matched against it alone."""
+    check_is_variable(variable)
     mask = Mask.trainable(variable.shape)
     key, path = variable_key(variable), variable_path(variable)
     for rule in rules:
         if isinstance(rule, Loaded):
-            found, _ = find(rule.stored, [(path, tuple(variable.shape))])
+            found = find_variables(rule.stored, [(path, tuple(variable.shape))]).masks
             if 0 in found and found[0].stated and found[0].mask is not None:
                 mask = found[0].mask
         elif rule.entries is LEFT_OUT:

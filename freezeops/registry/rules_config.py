@@ -15,16 +15,18 @@ import numpy as np
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
 from freezeops.messages import short
-from freezeops.registry.rules import LEFT_OUT, ExactPath, Loaded, Rule
+from freezeops.registry.rules import LEFT_OUT, Booleans, Loaded, MaskRule
+from freezeops.registry.targets import ExactPath
 from freezeops.storage.saved_names import Named
-from freezeops.storage.stored import RawMask, Stored, StoredMask
+from freezeops.storage.stored import Stored
+from freezeops.storage.stored_mask import RawMask, StoredMask
 
 LIMIT = 1 << 20
 """How many bytes of compressed masks a config holds."""
 
 
 class _Room:
-    """What is left of the limit."""
+    """The rest of the limit."""
 
     def __init__(self, limit: int | None):
         self._left = limit
@@ -53,7 +55,7 @@ def _decompressed(text: str) -> bytes:
     return zlib.decompress(base64.b64decode(text))
 
 
-def to_config(rules: Sequence[Rule | Loaded], limit: int | None) -> list[dict[str, Any]]:
+def to_config(rules: Sequence[MaskRule | Loaded], limit: int | None) -> list[dict[str, Any]]:
     """Rules as a config holds them.
 
     Args:
@@ -67,12 +69,12 @@ def to_config(rules: Sequence[Rule | Loaded], limit: int | None) -> list[dict[st
     return [_loaded_to_config(rule, room) if isinstance(rule, Loaded) else _to_config(rule, room) for rule in rules]
 
 
-def from_config(config: Sequence[Mapping[str, Any]]) -> list[Rule | Loaded]:
-    """The reverse."""
+def from_config(config: Sequence[Mapping[str, Any]]) -> list[MaskRule | Loaded]:
+    """Returns the rules of a config; the reverse of `to_config`."""
     return [_loaded_from_config(each) if each["action"] == "load" else _from_config(each) for each in config]
 
 
-def _to_config(rule: Rule, room: _Room) -> dict[str, Any]:
+def _to_config(rule: MaskRule, room: _Room) -> dict[str, Any]:
     target: list[Any] = []
     for part in rule.target:
         if isinstance(part, ExactPath):
@@ -92,14 +94,14 @@ def _to_config(rule: Rule, room: _Room) -> dict[str, Any]:
     return config | ({"left_out": True} if where is LEFT_OUT else {"where": where})
 
 
-def _from_config(config: Mapping[str, Any]) -> Rule:
+def _from_config(config: Mapping[str, Any]) -> MaskRule:
     target = [ExactPath(part["path"]) if isinstance(part, Mapping) else part for part in config["target"]]
     entries = LEFT_OUT if config.get("left_out") else _where_from_config(config["where"])
-    return Rule(config["action"], target, entries, bool(config["permanent"]))
+    return MaskRule(config["action"], target, entries, bool(config["permanent"]))
 
 
 def _where_to_config(where: Any, room: _Room) -> Any:
-    """What a rule names; `LEFT_OUT` where there is no room for it."""
+    """Returns a rule's entries as a config holds them; `LEFT_OUT` where there is no room."""
     if where is None or where is LEFT_OUT:
         return where
     if where is Ellipsis:
@@ -112,9 +114,11 @@ def _where_to_config(where: Any, room: _Room) -> Any:
     if isinstance(where, Mask):
         mask = _mask_to_config(where, room)
         return LEFT_OUT if mask.get("left_out") else {"kind": "mask", "of": mask}
-    array = np.asarray(where)
-    if array.dtype == np.bool_:
-        mask = _mask_to_config(Mask.from_array(array), room)
+    booleans = where if isinstance(where, Booleans) else None
+    if booleans is None and (array := np.asarray(where)).dtype == np.bool_:
+        booleans = Booleans(Mask.from_array(array))  # a part of an index expression
+    if booleans is not None:
+        mask = _mask_to_config(booleans.packed, room)
         return LEFT_OUT if mask.get("left_out") else {"kind": "booleans", "of": mask}
     text = room.compressed(array.astype("<i8").tobytes())
     return LEFT_OUT if text is None else {"kind": "integers", "shape": list(array.shape), "of": text}

@@ -1,170 +1,29 @@
-"""The slots of a compact variable, as entries become trainable or frozen: kept ones keep theirs."""
+"""The slots of a compact variable, moved to where their entries are as its mask changes."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import keras
 import numpy as np
 
-from freezeops.keras_compat.variables import Variable, components, numpy_of
-from freezeops.keras_compat.wrapped import SlotRecord, accumulators, average_slots, step_count
+from freezeops.keras_compat.variables import Variable
+from freezeops.keras_compat.wrapped import step_count
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.masks.mask import Mask
-from freezeops.partitions.compact import CompactPartition, inner_shape
-from freezeops.partitions.partition import MaskedPartition
 from freezeops.slots.catalogue import Slot
+from freezeops.slots.entry_state import EntryState
 from freezeops.slots.unfreezing import Policy, VariableSlots
-from freezeops.storage.stored import StoredMask
 
 
-class EntryState(NamedTuple):
-    """Something that an optimizer keeps for each entry of a variable.
-
-    Attributes:
-        slot: The optimizer's variable, of the shape of what it trains.
-        initializer: Its values in a new optimizer, from a shape and a dtype; `None`: those
-            of the variable itself.
-        accumulates: Whether it is an accumulated gradient, which an entry that is frozen loses.
-    """
-
-    slot: keras.Variable
-    initializer: Callable[..., Any] | None
-    accumulates: bool = False
-
-    def initial(self, variable: Variable, by_position: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
-        """What a new optimizer would start with.
-
-        Args:
-            variable: The model's variable.
-            by_position: A shape to bring it into.
-            positions: Along the first axis of that, of the entries in question.
-        """
-        if self.initializer is None:
-            return numpy_of(variable).reshape(by_position)[positions]
-        return np.asarray(self.initializer((positions.size, *by_position[1:]), dtype=self.slot.dtype))
-
-    def numpy(self) -> np.ndarray:
-        """The values now."""
-        return numpy_of(self.slot)
-
-    def assign(self, values: np.ndarray) -> None:
-        """Sets the values in all copies."""
-        for component in components(self.slot):
-            component.assign(values)
-
-
-def entry_states(
-    optimizer: keras.optimizers.Optimizer,
-    records: Sequence[SlotRecord],
-    declared: Sequence[tuple[Slot, keras.Variable]],
-) -> list[EntryState]:
-    """All that an optimizer keeps for the entries of one variable.
-
-    Args:
-        optimizer: The one that trains it.
-        records: The slots that it made for it.
-        declared: Those of known role.
-    """
-    own_values = {id(average) for _, average in average_slots(optimizer)}
-    own_values |= {id(state) for slot, state in declared if slot.initial is None}
-    accumulated = {id(accumulator) for _, accumulator in accumulators(optimizer)}
-    return [
-        EntryState(
-            slot, None if id(slot) in own_values else keras.initializers.get(initializer), id(slot) in accumulated
-        )
-        for _, slot, initializer in records
-    ]
-
-
-def positions_of(mask: Mask, layout: Layout) -> np.ndarray:
-    """The positions of the ones among the bits of a mask, ascending."""
-    return packing.bit_indices(mask.with_layout(layout).packed, layout.kept)
-
-
-def unpacked(values: np.ndarray, entries: np.ndarray, initial: np.ndarray) -> np.ndarray:
-    """Values of some entries, put among those that all entries start with.
-
-    Args:
-        values: Of the entries, in order; what is behind them is ignored.
-        entries: Positions in the flattened variable.
-        initial: A vector with all entries.
-
-    Returns:
-        A vector with all entries.
-    """
-    result = np.array(initial)
-    result[entries] = values.reshape(-1)[: entries.size]
-    return result
-
-
-def packed_into(values: np.ndarray, entries: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The reverse: some entries of a vector, in a shape that has room for them.
-
-    Args:
-        values: A vector with all entries.
-        entries: Positions of those to take; `None`: all.
-        shape: Of the result.
-    """
-    if entries is None:
-        return values.reshape(shape)
-    result = np.zeros(int(np.prod(shape, dtype=np.int64)), values.dtype)
-    result[: entries.size] = values[entries]
-    return result.reshape(shape)
-
-
-def fitted_slot(
-    array: np.ndarray, slot: keras.Variable, part: MaskedPartition, stored: StoredMask | None
-) -> np.ndarray | None:
-    """What a file holds of a slot, as the slot holds it now.
-
-    Full state becomes compact state by taking the trainable entries, compact state of one layout or room that of
-    another, or full state.
-
-    Args:
-        array: From the file.
-        slot: The slot.
-        part: The partition of its variable, with its mask as it is now.
-        stored: The mask in the file; `None`: there is none, and `array` is of full state.
-
-    Returns:
-        An array of the slot's shape; `None` where it does not fit. Entries that the file has not stay as they are.
-    """
-    shape, whole = tuple(slot.shape), tuple(part.variable.shape)
-    compact_now = isinstance(part, CompactPartition) and shape == tuple(part.inner_variable.shape)
-    compact_then = stored is not None and stored.mask is not None and stored.way == "compact"
-    if stored is not None and not stored.way:  # a file of an older version does not say
-        compact_then = array.shape != whole or (compact_now and array.shape == shape)
-    if not compact_then and not compact_now:
-        return array if array.shape == shape else None
-    same_masks = stored is not None and stored.mask is not None and stored.mask == part.mask
-    if compact_then and compact_now and array.shape == shape and same_masks:
-        return array
-    mine = part.mask.indices() if compact_now else np.arange(part.size)
-    if compact_then:
-        assert stored is not None and stored.mask is not None
-        theirs = stored.mask.indices()
-        if array.shape != inner_shape(part.variable, stored.mask.layout, array.shape[0] if array.ndim else 0):
-            return None
-        if array.size < theirs.size:
-            return None
-        values = unpacked(numpy_of(slot), mine, np.zeros(part.size, array.dtype))
-        values = unpacked(array, theirs, values)
-    else:
-        if array.shape != whole:
-            return None
-        values = array.reshape(-1)
-    return packed_into(values, mine if compact_now else None, shape)
-
-
-class _Left(NamedTuple):
-    """State of entries that were frozen since a step, should they come back before the next.
+class _RecentlyFrozen(NamedTuple):
+    """Slots of entries frozen since the last step, kept in case they are unfrozen before the next.
 
     Attributes:
-        steps: How many steps there were.
+        steps: The number of steps there were.
         mask: The mask after the last change.
-        positions: Of the entries.
-        values: Of each state, for these.
+        positions: Positions of the entries' bits.
+        values: For each state, its values for these.
     """
 
     steps: int
@@ -174,10 +33,10 @@ class _Left(NamedTuple):
 
 
 class CompactSlots(VariableSlots):
-    """The slots of one compact variable, and what becomes of them when its mask changes.
+    """The slots of one compact variable.
 
     Args:
-        variable: What the inner optimizer owns.
+        variable: The variable that the inner optimizer owns.
         model_variable: The model's variable.
         optimizer: The optimizer that owns the slots, built.
         slots: The variable's slots of known role.
@@ -200,7 +59,7 @@ class CompactSlots(VariableSlots):
         super().__init__(variable, optimizer, slots, policy)
         self._model_variable = model_variable
         self._states = list(states)
-        self._left: _Left | None = None
+        self._recently_frozen: _RecentlyFrozen | None = None
 
     def change(self, old: Mask, new: Mask, mask_layout: Layout) -> None:
         """Moves the slots to where their entries are under another mask.
@@ -213,58 +72,79 @@ class CompactSlots(VariableSlots):
             new: The mask from now on.
             mask_layout: The layout of the mask on the device.
         """
-        steps = step_count(self._optimizer)
-        before, after = positions_of(old, mask_layout), positions_of(new, mask_layout)
-        row_shape = tuple(self.variable.shape[1:])
-        by_position = (mask_layout.kept, *row_shape)
-        left = self._left
-        if left is not None and (left.steps != steps or left.mask != old):
-            left = None
-        known = before if left is None else np.concatenate([before, left.positions])
-        order = np.argsort(known, kind="stable")
-        ordered = known[order]
-        at = np.searchsorted(ordered, after)
-        found = np.zeros(after.size, bool)
-        inside = at < ordered.size
-        found[inside] = ordered[at[inside]] == after[inside]
-        source = order[at[found]]
-        gone = np.flatnonzero(~np.isin(known, after, assume_unique=True))
+        bits = [mask.with_layout(mask_layout).packed for mask in (old, new)]
+        before, after = (packing.bit_indices(each, mask_layout.kept) for each in bits)
+        recent = self._recent_under(old)
+        known = before if recent is None else np.concatenate([before, recent.positions])
+        _, source, target = np.intersect1d(known, after, assume_unique=True, return_indices=True)
+        frozen = np.ones(known.size, bool)
+        frozen[source] = False
 
-        current = [state.numpy() for state in self._states]
-        initial = [state.initial(self._model_variable, by_position, after) for state in self._states]
+        shape = (mask_layout.kept, *self.variable.shape[1:])
+        states: list[EntryState | _Waiting] = list(self._states)
         if self.unseeded is not None:
-            current.append(self.waiting())
-            initial.append(np.full((after.size, *row_shape), steps > 0))
-        left_values, moved = [], []
-        for number, (values, target) in enumerate(zip(current, initial, strict=True)):
-            of_known = values[: before.size]
-            if left is not None:
-                of_known = np.concatenate([of_known, left.values[number]])
-            result = np.zeros_like(values)
-            result[: after.size] = target
-            result[np.flatnonzero(found)] = of_known[source]
+            states.append(_Waiting(self))
+        moved, values_of_frozen = [], []
+        for number, state in enumerate(states):
+            current = state.numpy()
+            values = current[: before.size]
+            if recent is not None:
+                values = np.concatenate([values, recent.values[number]])
+            result = np.zeros_like(current)
+            result[: after.size] = state.initial_values(self._model_variable, shape, after)
+            result[target] = values[source]
             moved.append(result)
-            dropped = number < len(self._states) and self._states[number].accumulates
-            left_values.append(np.zeros_like(of_known[gone]) if dropped else of_known[gone])
-        self._left = _Left(steps, new, known[gone], left_values)
-        for state, values in zip(self._states, moved, strict=False):
-            state.assign(values)
-        if self.unseeded is not None:
-            self.unseeded.assign(packing.pack_bits(moved[-1]))
+            values_of_frozen.append(np.zeros_like(values[frozen]) if state.accumulates else values[frozen])
+        self._recently_frozen = _RecentlyFrozen(step_count(self._optimizer), new, known[frozen], values_of_frozen)
+        for state, result in zip(states, moved, strict=True):
+            state.assign(result)
 
     def forget(self) -> None:  # noqa: D102
         super().forget()
-        self._left = None
+        self._recently_frozen = None
 
-    def left(self, mask: Mask) -> tuple[np.ndarray, list[np.ndarray]] | None:
-        """What `change` would bring back: positions among the mask's bits, and values of each state.
-
-        Last come the flags of `waiting`, where there are any.
+    def recently_frozen(self, mask: Mask) -> tuple[np.ndarray, list[np.ndarray]] | None:
+        """Returns the slots that `change` would bring back; `None` for none.
 
         Args:
             mask: The mask as it is.
+
+        Returns:
+            Positions among the mask's bits, and for each state its values; at the end, where entries can wait to be
+            seeded, the flags of `waiting`.
         """
-        left = self._left
-        if left is None or left.mask != mask or left.steps != step_count(self._optimizer):
+        recent = self._recent_under(mask)
+        return None if recent is None else (recent.positions, recent.values)
+
+    def _recent_under(self, mask: Mask) -> _RecentlyFrozen | None:
+        """Returns the slots of entries frozen since the last step, if the mask is the one after that change."""
+        recent = self._recently_frozen
+        if recent is None or recent.mask != mask or recent.steps != step_count(self._optimizer):
             return None
-        return left.positions, left.values
+        return recent
+
+
+class _Waiting:
+    """The flags of entries that wait to be seeded, moved as the slots are.
+
+    Args:
+        slots: The slots, some of which can be seeded.
+    """
+
+    accumulates = False
+
+    def __init__(self, slots: CompactSlots):
+        self._slots = slots
+
+    def initial_values(self, variable: Variable, shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
+        """Returns flags of entries that become trainable: they wait, but before the first step."""
+        del variable
+        return np.full((positions.size, *shape[1:]), self._slots.steps > 0)
+
+    def numpy(self) -> np.ndarray:
+        """Returns the flags now."""
+        return self._slots.waiting()
+
+    def assign(self, flags: np.ndarray) -> None:
+        """Sets the flags."""
+        self._slots.set_waiting(flags)

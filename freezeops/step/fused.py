@@ -20,15 +20,14 @@ from freezeops.keras_compat.variables import Variable, component_beside, device_
 from freezeops.keras_compat.wrapped import decays_weight, wrapped_optimizers
 from freezeops.masks.layout import Layout
 from freezeops.ops.gradients import Gradient
-from freezeops.partitions.compact import CompactPartition
-from freezeops.partitions.partition import MaskedPartition, Partition, UnmaskedPartition
+from freezeops.partitions.partition import MaskOperand, Partition, Taken
 from freezeops.slots.catalogue import Slot, UpdateFormula
 from freezeops.slots.unfreezing import Seeding, VariableSlots
 from freezeops.step.formulas import formula_of
 
 
 def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether anything looks at a gradient before the update that it is for.
+    """Returns whether anything looks at a gradient before the update that it is for.
 
     Norms, accumulators and checks for NaN must see zeros for frozen entries; a fused update sees
     nothing of them.
@@ -45,42 +44,66 @@ def _looks_at_gradients(outermost: keras.optimizers.Optimizer, optimizer: keras.
     )
 
 
-def reason_against(part: Partition) -> str:
-    """Why a variable can't be fused whatever the optimizer; "" where it can."""
-    if not isinstance(part, MaskedPartition | UnmaskedPartition):
+def reason_against(partition: Partition) -> str:
+    """Returns why a variable can't be fused whatever the optimizer; an empty string where it can."""
+    if partition.inner_variable is None:
         return "never updated"
-    if dtype_name(part.variable) not in ops.FLOAT_DTYPES:
+    if dtype_name(partition.variable) not in ops.FLOAT_DTYPES:
         return "its dtype"
-    if getattr(part.variable, "constraint", None) is not None:
+    if getattr(partition.variable, "constraint", None) is not None:
         return "a constraint writes it after the update"
-    if getattr(part.variable, "overwrite_with_gradient", False):
+    if getattr(partition.variable, "overwrite_with_gradient", False):
         return "its gradient overwrites it"
     return ""
+
+
+class NotFused(NamedTuple):
+    """Why a variable goes the general way.
+
+    Attributes:
+        reason: The reason, for `summary()`.
+    """
+
+    reason: str
+
+
+class _Included(NamedTuple):
+    """A variable with a fused update.
+
+    Attributes:
+        partition: Its partition.
+        number: Its number among the optimizer's variables.
+        states: Its slots, those of the formula.
+        seeded: Its slots as they are seeded, if entries of it may wait for that.
+    """
+
+    partition: Partition
+    number: int
+    states: list[Variable]
+    seeded: VariableSlots | None
+
+
+class _Operand(NamedTuple):
+    """A variable of one step.
+
+    Attributes:
+        included: What is known of it.
+        mask: Its mask as the update takes it.
+        owned: The variable that the update is of: the model's, or the compact one.
+    """
+
+    included: _Included
+    mask: MaskOperand
+    owned: Variable
 
 
 @dataclass
 class _Group:
     """Variables that one call of the op updates."""
 
-    parts: list[Partition] = field(default_factory=list)
+    operands: list[_Operand] = field(default_factory=list)
     variables: list[tf.Variable] = field(default_factory=list)
     gradients: list[Gradient] = field(default_factory=list)
-
-
-class _Included(NamedTuple):
-    """A variable, as `FusedUpdates.add` was told of it.
-
-    Attributes:
-        part: Its partition.
-        number: Its number among the optimizer's variables.
-        states: Its slots, those of the formula.
-        seeded: What is known of its slots, if entries of it may wait to be seeded.
-    """
-
-    part: Partition
-    number: int
-    states: list[Variable]
-    seeded: VariableSlots | None
 
 
 class FusedUpdates:
@@ -106,24 +129,24 @@ class FusedUpdates:
         self.included: dict[str, _Included] = {}
         self._outermost = outermost
 
-    def add(self, part: Partition, number: int, slots: VariableSlots | None) -> None:
+    def add(self, partition: Partition, number: int, slots: VariableSlots | None) -> None:
         """Includes a variable.
 
         Args:
-            part: Its partition.
+            partition: Its partition.
             number: Its number among the optimizer's variables.
-            slots: What is known of its slots, if entries of it can be unfrozen.
+            slots: Its slots, if entries of it can be unfrozen.
         """
         seeded = slots if slots is not None and slots.unseeded is not None else None
-        key = variable_key(part.variable)
-        self.included[key] = _Included(part, number, self._states(number), seeded)
+        key = variable_key(partition.variable)
+        self.included[key] = _Included(partition, number, self._states(number), seeded)
 
     def _states(self, number: int) -> list[Variable]:
         return [getattr(self.optimizer, name)[number] for name in self.formula.slots]
 
-    def has_slots_of(self, part: Partition) -> bool:
-        """Whether the slots of a variable are still those that it was included with."""
-        included = self.included[variable_key(part.variable)]
+    def has_slots_of(self, partition: Partition) -> bool:
+        """Returns whether a variable still has the slots that it was included with."""
+        included = self.included[variable_key(partition.variable)]
         return all(now is old for now, old in zip(self._states(included.number), included.states, strict=True))
 
     @property
@@ -153,33 +176,31 @@ class FusedStep(UpdateHook):
         # Compact variables: whether the trainable entries are gathered before, so that no others are looked at, or
         # sent to other replicas.
         self._gathers = not direct or tf.distribute.get_strategy().num_replicas_in_sync > 1
-        self._taken: set[str] = set()
+        self._taken: dict[str, _Operand] = {}
         self._updated: set[str] = set()
 
     @property
     def identity(self) -> Hashable:  # noqa: D102
         return id(self._updates), frozenset(self._taken)
 
-    def takes(self, part: Partition, gradient: Gradient) -> bool:
-        """Whether a gradient of such a kind can be fused, for a variable."""
+    def takes(self, partition: Partition, gradient: Gradient) -> bool:
+        """Returns whether the update of a variable can be fused for a gradient of this kind."""
         dense = not isinstance(gradient, tf.IndexedSlices)
-        return (dense or self._updates.formula.sparse) and self._updates.has_slots_of(part)
+        return (dense or self._updates.formula.sparse) and self._updates.has_slots_of(partition)
 
-    def take(self, part: Partition, gradient: Gradient) -> tuple[Gradient, Variable, Any]:
-        """Includes a variable.
-
-        Returns:
-            A gradient for the optimizer, the variable that it is of, and a snapshot for `put_back`; `None`: nothing is
-            to be put back.
-        """
-        self._taken.add(variable_key(part.variable))
-        if isinstance(part, CompactPartition):
-            if self._gathers:
-                gradient, snapshot = part.take_and_remember(gradient)
-                return gradient, part.inner_variable, snapshot
-            part.check_not_pending()
-        gradient = part.checked(gradient) if self._direct else part.masked(gradient)
-        return gradient, part.variable, None
+    def take(self, partition: Partition, gradient: Gradient) -> Taken:
+        """Includes a variable; as `Partition.take`."""
+        if self._gathers and partition.gathers:
+            taken = partition.take(gradient)
+            # An entry for each trainable one, and room.
+            assert taken.variable is not None
+            mask = MaskOperand(Layout(1, 1, math.prod(taken.variable.shape)))
+        else:
+            taken = partition.take_whole(gradient, masked=not self._direct)
+            mask = partition.mask_operand()
+        key = variable_key(partition.variable)
+        self._taken[key] = _Operand(self._updates.included[key], mask, taken.variable)
+        return taken
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -187,7 +208,7 @@ class FusedStep(UpdateHook):
         with updating_together(self._updates.optimizer, self):
             yield
         # Where replicas wait for each other, one of them updates for all.
-        if self._direct and self._taken - self._updated and not tf.distribute.has_strategy():
+        if self._direct and self._taken.keys() - self._updated and not tf.distribute.has_strategy():
             raise RuntimeError(
                 "The inner optimizer must update variables by Keras's own `apply` with `fused=True`: one that was "
                 f"changed may have moved frozen entries. Received: {self._updates.optimizer.name!r}, which did "
@@ -206,26 +227,20 @@ class FusedStep(UpdateHook):
         self._updated |= {variable_key(variable) for _, variable in grads_and_vars}
         groups: dict[tuple[str, bool, str], _Group] = {}
         for gradient, variable in grads_and_vars:
-            part = self._updates.included[variable_key(variable)].part
-            compact = isinstance(part, CompactPartition) and not self._gathers
-            key = dtype_name(variable), compact, device_of(variable)
+            operand = self._taken[variable_key(variable)]
+            key = dtype_name(variable), operand.mask.ranks is not None, device_of(variable)
             group = groups.setdefault(key, _Group())
-            group.parts.append(part)
+            group.operands.append(operand)
             group.variables.append(variable)
             group.gradients.append(gradient)
-        for (_, compact, _), group in groups.items():
-            together = functools.partial(self._update_together, group, compact)
+        for group in groups.values():
+            together = functools.partial(self._update_together, group)
             # In each replica with its own copies of what is no variable.
             args = group.gradients, learning_rate
             strategy.extended.update(group.variables[0], together, args=args, group=False)
 
     def _update_together(
-        self,
-        group: _Group,
-        compact: bool,
-        first: tf.Variable,
-        gradients: Sequence[Gradient],
-        learning_rate: Any,
+        self, group: _Group, first: tf.Variable, gradients: Sequence[Gradient], learning_rate: Any
     ) -> None:
         optimizer, dtype = self._updates.optimizer, dtype_name(first)
         rate = keras.ops.cast(learning_rate, dtype)
@@ -238,13 +253,11 @@ class FusedStep(UpdateHook):
         step, *others = self._updates.formula.scalars(optimizer, rate, dtype)
         fused = []
         seeded: list[tuple[int, Slot]] = []
-        for part, whole, gradient in zip(group.parts, group.variables, gradients, strict=True):
+        for operand, whole, gradient in zip(group.operands, group.variables, gradients, strict=True):
             variable = component_beside(whole, group.variables[0], first)
-            included = self._updates.included[variable_key(part.variable)]
-            states, slots = included.states, included.seeded
-            fused.append(self._fused_variable(part, variable, gradient, compact, states, slots))
-            if slots is not None:
-                seeded = slots.seeded_among(states)  # the same for all
+            fused.append(self._fused_operand(operand, variable, gradient))
+            if (slots := operand.included.seeded) is not None:
+                seeded = slots.seeded_among(operand.included.states)  # the same for all
         scalars = tf.stack([_scalar(value, dtype) for value in (step, *decay, *others)])
         scales = self._updates.seeding.scales([slot for _, slot in seeded])
         for together in _calls(fused):
@@ -253,37 +266,26 @@ class FusedStep(UpdateHook):
                 together,
                 scalars,
                 [number for number, _ in seeded],
-                [2 if slot.role == "second_moment" else 1 for _, slot in seeded],
+                [slot.power for _, slot in seeded],
                 scales,
             )
 
-    def _fused_variable(
-        self,
-        part: Partition,
-        variable: tf.Variable,
-        gradient: Gradient,
-        compact: bool,
-        states: Sequence[Variable],
-        slots: VariableSlots | None,
-    ) -> ops.FusedVariable:
+    def _fused_operand(self, operand: _Operand, variable: tf.Variable, gradient: Gradient) -> ops.FusedOperand:
+        """Returns what the op takes for one copy of a variable."""
         optimizer = self._updates.optimizer
-        # What the optimizer was built with, of which `variable` is a copy (or of whose model's variable it is).
-        own = part.inner_variable if self._gathers else part.variable
+        (_, _, states, slots), mask, owned = operand
 
-        def beside(other: Variable) -> tf.Variable:
-            return component_beside(other, own, variable)
+        def local(other: Variable) -> tf.Variable:
+            return component_beside(other, owned, variable)
 
-        # A compact variable by itself has an entry for each trainable one, and room.
-        masked = part if isinstance(part, MaskedPartition) and compact == isinstance(part, CompactPartition) else None
-        index = part.index if isinstance(part, CompactPartition) and compact else None
-        return ops.FusedVariable(
+        return ops.FusedOperand(
             variable=variable,
             gradient=tf.cast(gradient, variable.dtype),
-            slots=[beside(state) for state in states],
-            layout=Layout(1, 1, math.prod(variable.shape)) if masked is None else masked.layout,
-            bits=None if masked is None else beside(masked.bits),
-            ranks=None if index is None else (beside(index.offsets), beside(index.indices)),
-            unseeded=None if slots is None else beside(slots.unseeded),
+            slots=[local(state) for state in states],
+            layout=mask.layout,
+            bits=None if mask.bits is None else local(mask.bits),
+            ranks=None if mask.ranks is None else (local(mask.ranks[0]), local(mask.ranks[1])),
+            unseeded=None if slots is None else local(slots.unseeded),
             decays=optimizer.weight_decay is not None and decays_weight(optimizer, variable),
         )
 
@@ -299,14 +301,14 @@ _LARGE = 1 << 16
 """From how many entries on a variable is worth a call of its own."""
 
 
-def _calls(variables: list[ops.FusedVariable]) -> list[list[ops.FusedVariable]]:
-    """Which variables are updated in one call.
+def _calls(operands: list[ops.FusedOperand]) -> list[list[ops.FusedOperand]]:
+    """Returns the variables in groups, each for one call.
 
     In a graph a large one by itself, as soon as its gradient is there: the backward pass goes on meanwhile, and the
     gradient's memory is free for it.
     """
     if tf.executing_eagerly():
-        return [variables]
-    small = [one for one in variables if one.layout.size < _LARGE]
-    large = [[one] for one in variables if one.layout.size >= _LARGE]
+        return [operands]
+    small = [operand for operand in operands if operand.layout.size < _LARGE]
+    large = [[operand] for operand in operands if operand.layout.size >= _LARGE]
     return [small, *large] if small else large

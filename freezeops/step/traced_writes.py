@@ -1,4 +1,4 @@
-"""What else writes variables in a training step: found in the step's graph, when the step is traced.
+"""Writes of variables outside of the optimizer: found in the graph of a training step, when it is traced.
 
 An optimizer keeps frozen entries around what it does itself. A layer that rewrites its weights in the forward pass, or
 a step that assigns them, moves them in spite of it: that is said once, before the first step runs.
@@ -23,11 +23,10 @@ from freezeops.keras_compat.tracing import (
 from freezeops.keras_compat.variables import Variable, is_variable, tf_variable, variable_key, variable_path
 from freezeops.notices import warn
 from freezeops.partitions.partition import Partition
-from freezeops.registry.rules import Rule
 
 
 class _Trace:
-    """What is known of a function that is traced.
+    """A function that is traced.
 
     Attributes:
         guarded: Ranges of its operations around which frozen entries are kept.
@@ -68,7 +67,7 @@ def _guarded_operations(graph: Any) -> set[str]:
 
 
 class TracedWrites:
-    """What writes variables in the steps of one optimizer, but for the optimizer itself.
+    """The writes in the steps of one optimizer that are not its own.
 
     All of it is kept, also where nothing is frozen yet: a mask may change later without a new trace.
     """
@@ -133,12 +132,15 @@ class TracedWrites:
         if messages:
             warn(" ".join(messages))
 
-    def warn_of_layers(self, rule: Rule) -> None:
-        """Warns where a rule freezes a layer that is known to write its weights, or other state, in its forward pass.
+    def warn_of_layers(self, targets: Sequence[Any]) -> None:
+        """Warns of frozen layers that are known to write their weights, or other state, in the forward pass.
 
         At once, since steps that are not traced are not looked at. What was said here is not said again.
+
+        Args:
+            targets: What a call freezes: layers, variables, patterns.
         """
-        targets = [part for part in rule.target if not is_variable(part)] if rule.freezes else []
+        targets = [part for part in targets if not is_variable(part)]
         rewritten = self._unsaid([each for part in targets for each in rewritten_weights(part)])
         states = self._unsaid([each for part in targets for each in moving_state(part)])
         messages = []
@@ -156,7 +158,7 @@ class TracedWrites:
             warn(" ".join(messages))
 
     def _unsaid(self, variables: Sequence[Variable]) -> list[Variable]:
-        """Those that nothing was said of, each once."""
+        """Returns the variables without a warning so far, each once."""
         by_key = {variable_key(variable): variable for variable in variables}
         return [variable for key, variable in by_key.items() if key not in self._said]
 
@@ -169,7 +171,7 @@ def _moving_message(paths: Sequence[str]) -> str:
 
 
 def _is_state(variable: Variable) -> bool:
-    """Whether a variable can be state that a layer computes with: not a counter, a seed or a metric."""
+    """Returns whether a variable can be state of a layer: not a counter, a seed or a metric."""
     return (
         not variable.trainable
         and tf.as_dtype(variable.dtype).is_floating
@@ -179,7 +181,7 @@ def _is_state(variable: Variable) -> bool:
 
 
 class _FrozenVariables:
-    """Which variables have frozen entries now."""
+    """The variables that have frozen entries now."""
 
     def __init__(self, partitions: Sequence[Partition]):
         self._parts = {variable_key(part.variable): part for part in partitions}
@@ -194,7 +196,7 @@ class _FrozenVariables:
                 scope = _scope(scope)
 
     def any_of(self, key: str) -> bool:
-        """Whether a variable has a frozen entry."""
+        """Returns whether a variable has a frozen entry."""
         part = self._parts.get(key)
         return part is not None and part.frozen_count > 0
 
@@ -203,7 +205,7 @@ class _FrozenVariables:
         return part.frozen_count == part.size > 0
 
     def is_beside(self, path: str) -> bool:
-        """Whether state is that of a layer with frozen entries.
+        """Returns whether state is that of a layer with frozen entries.
 
         That is, whether a variable of its own scope has some, or all variables in its scope are frozen as a whole; of
         a layer without any, in the scope around it.

@@ -1,1 +1,1 @@
-"""How masks are written as bytes, with a checksum, and how saved names find variables again."""
+"""Masks as bytes under a checksum, and the search for the variables of saved names. Needs NumPy only."""

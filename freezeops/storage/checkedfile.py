@@ -1,4 +1,4 @@
-"""Files that are read only when they are whole: a JSON header and bytes behind it, under a checksum.
+"""Files under a checksum: a JSON header and bytes behind it. A file that is not whole is refused.
 
 Format:
 
@@ -8,7 +8,8 @@ Format:
 - the header: JSON, with `version`;
 - bytes that the header describes.
 
-A checksum says that a file is whole, and not who wrote it: what a header says is checked as well (`field`, `sizes`).
+A checksum says that a file is whole, and not who wrote it: the content of a header is checked as well (`field`,
+`sizes`).
 """
 
 import contextlib
@@ -31,9 +32,9 @@ class Kind(NamedTuple):
     """A kind of file.
 
     Attributes:
-        magic: What it begins with, 16 bytes.
-        version: The version that is written and read.
-        name: For messages, such as `"mask file"`.
+        magic: The first 16 bytes of each file.
+        version: Version of the format that is written and read.
+        name: Name for messages, such as `"mask file"`.
         writer: The function that writes it, for messages.
     """
 
@@ -46,24 +47,24 @@ class Kind(NamedTuple):
 def write(path: Path, kind: Kind, header: dict[str, Any], content: bytes) -> None:
     """Writes a file; a crash leaves the old one or the new one, never a part of one.
 
-    The mode of an existing file is kept, and a symbolic link stays one: its target is replaced. What killed writers of
-    the same file left behind is removed.
+    The mode of an existing file is kept, and a symbolic link stays one: its target is replaced. Temporary files that
+    killed writers of the same file left behind are removed.
 
     Raises:
-        ValueError: If there is something at the path that is no regular file.
+        ValueError: If the path is that of a folder, a device or the like.
     """
     _replace(path, kind, encode(kind, header, content))
 
 
 def encode(kind: Kind, header: dict[str, Any], content: bytes) -> bytes:
-    """What a file of this kind consists of."""
+    """Returns the bytes of a file."""
     text = json.dumps({"version": kind.version, **header}).encode()
     body = len(text).to_bytes(8, "little") + text + content
     return kind.magic + hashlib.sha256(body).digest() + body
 
 
 def read(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
-    """The header and the bytes behind it.
+    """Returns the header of a file and the bytes behind it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -73,12 +74,12 @@ def read(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
 
 
 def decode(kind: Kind, data: bytes, path: Path | str) -> tuple[dict[str, Any], bytes]:
-    """The header and the bytes behind it of what `encode` returned.
+    """Returns the header and the bytes behind it, from the bytes of a file.
 
     Args:
         kind: The kind of file.
-        data: All of its bytes.
-        path: Where they come from, for messages.
+        data: All bytes of the file.
+        path: Path of the file, for messages.
 
     Raises:
         ValueError: If they are truncated, altered, of another kind or another version.
@@ -101,13 +102,15 @@ def decode(kind: Kind, data: bytes, path: Path | str) -> tuple[dict[str, Any], b
     return header, data[start + 8 + length :]
 
 
-def refusal(path: Path | str, kind: Kind, what: str) -> ValueError:
-    """The error for a file that is not read."""
-    return ValueError(f"A {kind.name} must be one that `{kind.writer}` wrote, whole. Received: {str(path)!r}: {what}")
+def refusal(path: Path | str, kind: Kind, problem: str) -> ValueError:
+    """Returns the error for a file that is not read, for example because it `is a directory`."""
+    return ValueError(
+        f"A {kind.name} must be one that `{kind.writer}` wrote, whole. Received: {str(path)!r}: {problem}"
+    )
 
 
 def field(entry: Any, name: str, kind: type) -> Any:
-    """A value out of a header, of exactly one type: `true` is no integer, and neither is `1.0`.
+    """Returns a value of a header, which must be of exactly one type: `true` is no integer, and neither is `1.0`.
 
     Raises:
         ValueError: If it is missing or of another type.
@@ -119,13 +122,13 @@ def field(entry: Any, name: str, kind: type) -> Any:
 
 
 def sizes(entry: Any, name: str) -> tuple[int, ...]:
-    """A list of sizes out of a header, whose product is one as well.
+    """Returns a list of sizes of a header.
 
     Raises:
-        ValueError: If it is anything else, or TensorFlow could have no tensor of that size.
+        ValueError: If it is anything else, or TensorFlow could not have a tensor of that shape.
     """
     values = field(entry, name, list)
-    # Zeros do not make up for the others.
+    # Zeros do not make up for other sizes that are too large.
     if any(type(value) is not int or value < 0 for value in values) or math.prod(v or 1 for v in values) >= 2**63:
         raise ValueError(f"`{name}` must be a list of sizes. Received: {short(values)}")
     return tuple(values)
@@ -144,7 +147,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def _kind_of(mode: int) -> str:
-    """What a file of a mode is if it is no regular one, in words; otherwise ""."""
+    """Returns the name of a kind of file, such as "directory", from its mode; "" for a regular file."""
     if stat.S_ISREG(mode):
         return ""
     tests = {"directory": stat.S_ISDIR, "FIFO": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
@@ -152,8 +155,8 @@ def _kind_of(mode: int) -> str:
 
 
 def _read_bytes(path: Path, kind: Kind) -> bytes:
-    if what := _kind_of(os.stat(path).st_mode):
-        raise refusal(path, kind, f"it is a {what}")
+    if name := _kind_of(os.stat(path).st_mode):
+        raise refusal(path, kind, f"it is a {name}")
     with path.open("rb") as file:
         magic = file.read(len(kind.magic))
         if magic != kind.magic:
@@ -164,8 +167,8 @@ def _read_bytes(path: Path, kind: Kind) -> bytes:
 # Writing.
 #
 # The new file is written under a name of its own in the same folder, `NAME.PID.HEX.tmp`, and then renamed. While it
-# is written, its process has it locked (`flock`), which a killed process has not: by that the next writer of the same
-# file knows what it may remove, also where the numbers of processes begin anew (in containers) or several hosts write.
+# is written, its process has it locked (`flock`), which a killed process has not: so the next writer of the same file
+# knows that it may remove it, also where the numbers of processes begin anew (in containers) or several hosts write.
 
 
 def _replace(path: Path, kind: Kind, content: bytes) -> None:
@@ -173,10 +176,10 @@ def _replace(path: Path, kind: Kind, content: bytes) -> None:
         existing = os.stat(path)
     except FileNotFoundError:
         existing = None
-    if existing and (what := _kind_of(existing.st_mode)):
+    if existing and (name := _kind_of(existing.st_mode)):
         raise ValueError(
             f"`path` must be that of a file, or of none yet, to write a {kind.name} to. Received: path={str(path)!r}, "
-            f"which is a {what}"
+            f"which is a {name}"
         )
     path = Path(os.path.realpath(path))
     _remove_leftovers(path)
@@ -187,15 +190,14 @@ def _replace(path: Path, kind: Kind, content: bytes) -> None:
             _keep_owner_and_mode(descriptor, existing)
         os.fsync(descriptor)
         os.replace(temporary, path)
-    # The file is there. That its folder cannot be opened (no read permission), or not be synced on this file system,
-    # is no failure.
+    # The file is in place. It is no failure that its folder cannot be opened (no read permission) or synced.
     with contextlib.suppress(OSError):
         _fsync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path, existing: os.stat_result | None) -> Iterator[tuple[Path, int]]:
-    """A new file beside `path`, open and locked; removed in the end if it is still there."""
+    """Yields a new file in the folder of `path`, open and locked; removes it in the end if it is still there."""
     # Nobody may read it who may not read the existing one.
     mode = (existing.st_mode & 0o777) | 0o200 if existing else 0o666
     while True:
@@ -215,19 +217,19 @@ def _temporary(path: Path, existing: os.stat_result | None) -> Iterator[tuple[Pa
 
 def _keep_owner_and_mode(descriptor: int, existing: os.stat_result) -> None:
     for owner in (existing.st_uid, -1):
-        with contextlib.suppress(OSError):  # What this process may not do.
+        with contextlib.suppress(OSError):  # not allowed to this process
             os.fchown(descriptor, owner, existing.st_gid)
             break
     os.fchmod(descriptor, existing.st_mode & 0o777)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of killed writers. Whatever cannot be removed stays."""
+    """Removes the temporary files of killed writers, as far as it can."""
     name = re.compile(re.escape(path.name) + r"\.([1-9]\d*)\.[0-9a-f]{8}\.tmp")
     try:
         found = [(path.with_name(other), name.fullmatch(other)) for other in os.listdir(path.parent)]
     except OSError:
-        return  # A folder that lists nothing.
+        return  # a folder that cannot be listed
     for leftover, match in found:
         if match and not _runs(int(match[1])):
             with contextlib.suppress(OSError):
@@ -235,7 +237,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether there is another process of a number here; of those on other hosts and of its own only locks tell."""
+    """Returns True if another process of this number runs on this host. For other hosts, locks decide."""
     if process == os.getpid():
         return False
     try:
@@ -243,15 +245,15 @@ def _runs(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        pass  # Somebody else's.
+        pass  # another user's
     return True
 
 
 def _remove_unlocked(leftover: Path) -> None:
-    """Removes a file unless somebody has it locked.
+    """Removes a file unless a process has it locked.
 
     Raises:
-        OSError: If somebody has, or it cannot be told, or it cannot be removed.
+        OSError: If a process has, or may have, or the file cannot be removed.
     """
     # For writing: on NFS nothing else can be locked.
     descriptor = os.open(leftover, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

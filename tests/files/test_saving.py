@@ -385,7 +385,7 @@ def compact_model(inner=None, **options):
 
 
 def assert_compact_goes_on(resumed, model):
-    assert [part.way for part in resumed.optimizer._state.partitions] == ["compact", "full", "compact", "full"]
+    assert [report.mode for report in resumed.optimizer.describe()] == ["compact", "full", "compact", "full"]
     before = kernel(model).numpy()
     mask = model.optimizer.mask_for(kernel(model))
     assert resumed.optimizer.mask_for(kernel(resumed)) == mask
@@ -501,7 +501,7 @@ def test_compact_config():
     before = kernel(twin).numpy()
     optimizer.apply([tf.ones(v.shape) for v in twin.trainable_variables], twin.trainable_variables)
     np.testing.assert_array_equal(kernel(twin).numpy() != before, MASK)
-    assert optimizer._state.partitions[0].capacity == 30
+    assert optimizer.describe()[0].capacity == 30
 
 
 def test_compact_set_weights():

@@ -34,7 +34,7 @@ from freezeops import backend
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops import native, reference, reference_updates
-from freezeops.ops.reference_updates import FusedVariable
+from freezeops.ops.reference_updates import FusedOperand
 
 DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)]
 MODES = {"eager": 0.6, "graph": 0.25, "xla": 0.15}
@@ -318,7 +318,7 @@ def fused_update(rng: np.random.Generator, dtype: np.dtype) -> Call:
                 shape = tf.constant(i["variables"][number].shape.as_list(), tf.int64)
                 gradient = tf.IndexedSlices(gradient, i["rows"][sparse.index(number)], shape)
             variables.append(
-                FusedVariable(
+                FusedOperand(
                     i["variables"][number],
                     gradient,
                     i["slots"][number * slot_count : (number + 1) * slot_count],

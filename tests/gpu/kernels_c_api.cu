@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels/cuda/compact.cu"
@@ -91,12 +92,12 @@ EXPORT int fz_seed_slots(int type, uint8_t* unseeded, int64_t size, void* const*
   arguments.indices = indices;
   arguments.slices = slices;
   arguments.row_size = row_size;
-  return cuda::seed_slots(static_cast<cuda::Float>(type), arguments, stream);
+  return cuda::seed_slots(static_cast<freezeops::Float>(type), arguments, stream);
 }
 EXPORT int fz_sum_slices(int type, uint64_t* named, void* sums, void* squares, int64_t slices, int64_t row_size,
                          const int64_t* indices, int64_t rows, const void* values, const void* scale,
                          cuda::Stream stream) {
-  return cuda::sum_slices(static_cast<cuda::Float>(type), {named, sums, squares, slices, row_size}, indices, rows,
+  return cuda::sum_slices(static_cast<freezeops::Float>(type), {named, sums, squares, slices, row_size}, indices, rows,
                           values, scale, stream);
 }
 EXPORT int fz_bytes_of_fused_variable() { return sizeof(cuda::FusedVariable); }
@@ -108,15 +109,15 @@ EXPORT int fz_fused_update(int type, const char* name, const void* scalars, cons
   while (strcmp(rule->name, name) != 0) ++rule;
   cuda::FusedStep step{rule, scalars, scales, seeds, {}, {}};
   for (int i = 0; i < seeds; ++i) {
-    step.seed_slots[i] = rule->places[seed_slots[i]];
+    step.seed_slots[i] = rule->slot_positions[seed_slots[i]];
     step.seed_powers[i] = seed_powers[i];
   }
   std::vector<cuda::FusedVariable> placed(variables, variables + count);
   for (int64_t i = 0; i < count; ++i) {
-    memset(placed[i].slots, 0, sizeof(placed[i].slots));
-    for (int j = 0; j < rule->slots; ++j) placed[i].slots[rule->places[j]] = variables[i].slots[j];
+    std::fill_n(placed[i].slots, freezeops::kMostSlots, nullptr);
+    for (int j = 0; j < rule->slots; ++j) placed[i].slots[rule->slot_positions[j]] = variables[i].slots[j];
   }
-  return cuda::fused_update(static_cast<cuda::Float>(type), step, placed.data(), count, stream);
+  return cuda::fused_update(static_cast<freezeops::Float>(type), step, placed.data(), count, stream);
 }
 #if !defined(__CUDACC__)
 // The index arithmetic of mask_layout.h by itself.

@@ -111,7 +111,7 @@ class Variable:
             junk = [make_values(rng, (slices, row_size), width).view(floats) for _ in range(2)]
             first_and_last = rng.integers(0, 2**62, 2 * rows).astype(np.uint64)
             held |= {"named": put(first_and_last), "sums": put(junk[0]), "squares": put(junk[1])}
-            at = [put(array) for array in (named, values)]
+            at = self.slices_at = [put(array) for array in (named, values)]
             scale = kernels.put(step.scalars)
             kernels.run(
                 "fz_sum_slices", FLOATS[step.dtype][0], held["named"].pointer, held["sums"].pointer,

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from common import MIXING, SETUPS, assert_same_bits
+from training import body_and_head, descend
 
 import freezeops as fz
 
@@ -23,13 +24,6 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 6)).astype("float32")
 Y = RNG.normal(size=(64, 3)).astype("float32")
 MASK = RNG.random((6, 12)) < 0.5
-
-
-def make_model():
-    keras.utils.set_random_seed(3)
-    return keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(12, activation="tanh", name="body"), keras.layers.Dense(3, name="head")]
-    )
 
 
 def copies(variable):
@@ -54,17 +48,14 @@ def in_replicas(step):
 def loop(inner, jit_compile=False, steps=4, during=None, masks=None, **options):
     """A custom loop; returns the kernel, its first value and the optimizer."""
     with strategy.scope():
-        model = make_model()
+        model = body_and_head(seed=3)
         optimizer = fz.MaskedOptimizer(inner(), masks=masks or {"body/kernel": MASK}, **options)
         optimizer.build(model.trainable_variables)
     kernel = model.get_layer("body").kernel
     before = copies(kernel)[0]
 
     def replica_step(x, y):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum((model(x) - y) ** 2) / len(X)
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
+        descend(model, optimizer, x, y, len(X))
 
     @tf.function(jit_compile=jit_compile)
     def step(x, y):
@@ -88,12 +79,10 @@ def case_loop():
 def case_one_device():
     """Trainable entries as in a run on one device with the same global batch."""
     kernel, _, _ = loop(SETUPS["Adam"])
-    model = make_model()
+    model = body_and_head(seed=3)
     optimizer = fz.MaskedOptimizer(SETUPS["Adam"](), masks={"body/kernel": MASK})
     for _ in range(4):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum((model(X) - Y) ** 2) / len(X)
-        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        descend(model, optimizer, X, Y, len(X))
     np.testing.assert_allclose(copies(kernel)[0], model.get_layer("body").kernel.numpy(), atol=2e-5)
 
 
@@ -138,7 +127,7 @@ def case_two_threads():
 def case_fit():
     for setup in ("SGD momentum", "AdamW", "Muon" if "Muon" in SETUPS else "Lamb"):
         with strategy.scope():
-            model = make_model()
+            model = body_and_head(seed=3)
             optimizer = fz.MaskedOptimizer(SETUPS[setup](), masks={"body/kernel": MASK})
             model.compile(optimizer, "mse", jit_compile=False)
         kernel = model.get_layer("body").kernel
@@ -195,7 +184,7 @@ def case_outside_of_scope():
     odd = np.array([3e38, -np.inf, 1e-45, -0.0], "float32")
     for swap in (False, True):
         with strategy.scope():
-            model = make_model()
+            model = body_and_head(seed=3)
             kernel = model.get_layer("body").kernel
             inner = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.7)
             optimizer = fz.MaskedOptimizer(inner)
@@ -282,7 +271,7 @@ def case_frozen_entries():
     """Around writes in a replica, outside of the replicas, and outside of the strategy's scope."""
     for state in ("full", "compact"):
         with strategy.scope():
-            model = make_model()
+            model = body_and_head(seed=3)
             optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), masks={"body/kernel": MASK}, state=state)
             optimizer.freeze("head/kernel", permanent=True)
             optimizer.build(model.trainable_variables)
@@ -399,7 +388,7 @@ def case_compact_traffic():
 def case_compact_outside_of_scope():
     """Repacking, unfreezing and swapping averages from callbacks of `fit`."""
     with strategy.scope():
-        model = make_model()
+        model = body_and_head(seed=3)
         kernel = model.get_layer("body").kernel
         inner = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.7)
         optimizer = fz.MaskedOptimizer(inner, masks={"body/kernel": MASK}, state="compact", capacity=0.8)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import assert_same_bits
+from training import body_and_head
 
 import freezeops as fz
 
@@ -24,23 +25,13 @@ FIT_MODES = {
 }
 
 
-def make_model():
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            keras.layers.Dense(12, activation="tanh", name="body"),
-            keras.layers.Dense(3, name="head"),
-        ]
-    )
-
-
 def new_optimizer(**kwargs):
     return fz.MaskedOptimizer(keras.optimizers.AdamW(0.01, weight_decay=0.1), **kwargs)
 
 
 @pytest.mark.parametrize("mode", FIT_MODES)
 def test_fit(mode, backend):
-    model = make_model()
+    model = body_and_head()
     kernel = model.get_layer("body").kernel
     optimizer = new_optimizer(masks={"body/kernel": MASK, "head/bias": False})
     before, bias = kernel.numpy(), model.get_layer("head").bias.numpy()
@@ -54,7 +45,7 @@ def test_fit(mode, backend):
 
 @pytest.mark.parametrize("mode", ["jit_compile=False", "jit_compile=True"])
 def test_masks_change_inside_fit_without_retracing(mode):
-    model = make_model()
+    model = body_and_head()
     kernel = model.get_layer("body").kernel
     optimizer = new_optimizer()
     seen: list = []
@@ -131,7 +122,7 @@ def test_library_loaded_before_and_after_xla_was_used(order):
 
 
 def test_callbacks_that_set_the_learning_rate():
-    model = make_model()
+    model = body_and_head()
     optimizer = new_optimizer(masks={"body/kernel": MASK})
     model.compile(optimizer, "mse")
     schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.5 / (epoch + 1))
@@ -148,7 +139,7 @@ def test_models_in_two_threads():
     results = {}
 
     def run(name):
-        model = make_model()
+        model = body_and_head()
         kernel = model.get_layer("body").kernel
         before = kernel.numpy()
         mask = np.random.default_rng(len(name)).random(MASK.shape) < 0.5

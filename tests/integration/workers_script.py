@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import MIXING, SETUPS, assert_same_bits
+from training import body_and_head, descend
 
 import freezeops as fz
 
@@ -28,13 +29,6 @@ MASK = RNG.random((6, 12)) < 0.5
 OTHER = RNG.random((6, 12)) < 0.5
 
 
-def make_model():
-    keras.utils.set_random_seed(3)
-    return keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(12, activation="tanh", name="body"), keras.layers.Dense(3, name="head")]
-    )
-
-
 def value(variable):
     """What this worker holds."""
     return np.array(variable.value.values[0] if hasattr(variable.value, "values") else variable.value)
@@ -45,7 +39,7 @@ class Run:
 
     def __init__(self, inner, **options):
         with strategy.scope():
-            self.model = make_model()
+            self.model = body_and_head(seed=3)
             self.optimizer = fz.MaskedOptimizer(inner(), masks={"body/kernel": MASK}, **options)
             self.optimizer.build(self.model.trainable_variables)
         self.kernel = self.model.get_layer("body").kernel
@@ -55,9 +49,7 @@ class Run:
             workers = strategy.num_replicas_in_sync
             # An equal part of the batch each: the gradients are summed over the workers.
             part = slice(TASK, None, workers) if TASK is not None else slice(None)
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_sum((model(X[part]) - Y[part]) ** 2) / len(X)
-            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            descend(model, optimizer, X[part], Y[part], len(X))
 
         self.step = tf.function(lambda: strategy.run(replica_step), autograph=False)
 
@@ -170,7 +162,7 @@ def case_loss_scale():
 def case_keras_fit():
     """Keras's own `fit`, with a bare optimizer."""
     with strategy.scope():
-        model = make_model()
+        model = body_and_head(seed=3)
         model.compile(keras.optimizers.Adam(), "mse", jit_compile=False)
     try:
         model.fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(16), verbose=0)
@@ -191,10 +183,7 @@ def case_tf_keras_fit():
         "SGD": lambda: tf_keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=0.5),
     }.items():
         with strategy.scope():
-            tf_keras.utils.set_random_seed(3)
-            layers = [tf_keras.layers.Dense(12, activation="tanh", name="body"), tf_keras.layers.Dense(3, name="head")]
-            model = tf_keras.Sequential(layers)
-            model.build((None, 6))
+            model = body_and_head(tf_keras, seed=3)
             optimizer = MaskedOptimizer(inner(), masks={"body/kernel": MASK})
             model.compile(optimizer, "mse", jit_compile=False)
         kernel = model.layers[0].kernel

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import assert_same_bits, in_mode
-from test_promise import odd_values
+from training import body_and_head, odd_values
 
 import freezeops as fz
 
@@ -105,15 +105,9 @@ def test_mask_that_changes_between_accumulation_steps(mode):
     assert np.allclose(variable.numpy(), [-0.25, -0.6, -0.8], atol=1e-6)
 
 
-def dense_model():
-    return keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(12, activation="tanh", name="body"), keras.layers.Dense(3, name="head")]
-    )
-
-
 @pytest.mark.parametrize("swap_on_epoch", [True, False])
 def test_swap_ema_weights(swap_on_epoch):
-    model = dense_model()
+    model = body_and_head()
     kernel = model.get_layer("body").kernel
     odd = with_odd_values(MASK.shape, ~MASK, finite=True)
     kernel.assign(odd)
@@ -191,7 +185,7 @@ def test_swap_ema_weights_under_wrappers(around, state, mask):
         lambda inner: fz.MaskedOptimizer(inner, masks={"body/kernel": mask}, state=state),
     ):
         keras.utils.set_random_seed(1)
-        model = dense_model()
+        model = body_and_head()
         kernel = model.get_layer("body").kernel
         odd = kernel.numpy()
         odd[0, 0], odd[1, 1] = -0.0, 1e-42
@@ -215,21 +209,21 @@ def test_swap_ema_weights_under_wrappers(around, state, mask):
 
 
 def test_swap_without_averages_is_refused():
-    model = dense_model()
+    model = body_and_head()
     model.compile(fz.MaskedOptimizer(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())), "mse")
     with pytest.raises(ValueError, match="`use_ema=True`"):
         model.fit(X, Y, verbose=0, validation_data=(X, Y), callbacks=[keras.callbacks.SwapEMAWeights()])
 
 
 def test_swap_without_freezeops_is_as_before():
-    model = dense_model()
+    model = body_and_head()
     model.compile(keras.optimizers.Adam(0.01, use_ema=True), "mse", jit_compile=False)
     model.fit(X, Y, verbose=0, callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)])
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_steps_per_execution(jit_compile):
-    model = dense_model()
+    model = body_and_head()
     kernel = model.get_layer("body").kernel
     before = kernel.numpy()
     optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.01), masks={"body/kernel": MASK})
@@ -264,7 +258,10 @@ class OwnTrainStep(Subclassed):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("make", [dense_model, functional_model, Subclassed, OwnTrainStep])
+MODELS = [pytest.param(body_and_head, id="dense_model"), functional_model, Subclassed, OwnTrainStep]
+
+
+@pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("head_trainable", [True, False])
 def test_kinds_of_models(make, head_trainable):
     model = make()

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from freezeops import __main__ as command
 from freezeops import ops
-from freezeops.ops import native
+from freezeops.ops import gpu_check, native
 
 KERNELS = native.CudaKernels("nvcc 13.0.88", (75, 80, 86, 89, 90), (90,), runtime=13000, driver=13010)
 GPU = native.Gpu("NVIDIA H100", 90)
@@ -25,7 +25,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(native, "has_cuda", lambda: kernels is not None)
         monkeypatch.setattr(native, "cuda_kernels", lambda: kernels)
         monkeypatch.setattr(native, "gpus", lambda: gpus)
-        monkeypatch.setattr(ops, "_too_old", {})
+        monkeypatch.setattr(gpu_check, "_problems", {})
 
     return make
 
@@ -47,6 +47,7 @@ def test_old_driver_leads_to_the_twins_and_one_warning(machine, driver, shown):
             assert ops._library() is None
             assert f"the driver supports CUDA {shown}" in ops.paths()["mask_gradient"]
     (warning,) = caught
+    assert warning.category is UserWarning and warning.filename == __file__  # at the caller's line, however deep
     for part in (f"CUDA {shown}", "CUDA 13.0", "Install a driver for CUDA 13", "FREEZEOPS_BACKEND=reference"):
         assert part in str(warning.message)
 
@@ -71,9 +72,9 @@ def test_ptx_needs_a_driver_of_its_own_cuda():
     """Of the same major version: that is enough for machine code alone."""
     older = dataclasses.replace(KERNELS, runtime=13010, driver=13000)
     newer_gpu = native.Gpu("NVIDIA X", 130)
-    assert ops.gpu_problem(older, [GPU]) is None
-    assert "Install a driver for CUDA 13.1 or newer" in ops.gpu_problem(older, [newer_gpu])
-    assert ops.gpu_problem(dataclasses.replace(older, driver=13010), [newer_gpu]) is None
+    assert gpu_check.gpu_problem(older, [GPU]) is None
+    assert "Install a driver for CUDA 13.1 or newer" in gpu_check.gpu_problem(older, [newer_gpu])
+    assert gpu_check.gpu_problem(dataclasses.replace(older, driver=13010), [newer_gpu]) is None
 
 
 def test_library_without_cuda_kernels_says_nothing(machine):
@@ -124,5 +125,5 @@ def test_versions_are_read_from_the_library_without_a_driver():
     if kernels is None:
         pytest.skip("the library in use has no CUDA kernels: no nvcc when it was built")
     assert kernels.runtime >= 12000 and kernels.compiler.startswith("nvcc ")
-    assert ops.cuda_version(kernels.runtime) in kernels.compiler
+    assert gpu_check.cuda_version(kernels.runtime) in kernels.compiler
     assert kernels.architectures and kernels.ptx and kernels.driver >= 0

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import assert_same_bits
+from tensorflow.python.framework.ops import gradient_registry as registered_gradients
 
+from freezeops import ops
 from freezeops.masks import packing
 from freezeops.ops import native
 
@@ -23,6 +25,15 @@ def mask(count=2):
 
 def variable(shape=(3, 4), dtype=tf.float32):
     return tf.Variable(tf.ones(shape, dtype))
+
+
+def test_the_table_names_every_op_and_tensorflow_knows_its_gradient():
+    """An op that TensorFlow knows no gradient of, not even none, is an error in the middle of a backward pass."""
+    compiled = {name.removeprefix("freezeops_") for name in vars(library) if name.startswith("freezeops_")}
+    assert set(ops._OPS) == {name for name in compiled if not name.endswith("_eager_fallback")}
+    for name in ops._OPS:
+        gradient = registered_gradients.lookup(f"Freezeops>{name.title().replace('_', '')}")
+        assert (gradient is not None) == name.startswith("mask_"), name
 
 
 CASES = {

@@ -8,11 +8,10 @@ programs here, so there each side may differ by `JIT_ULPS` units in the last pla
 of the largest magnitude that took part.
 """
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from common import MODES, OPTIONS, ROUNDED_OTHERWISE, SETUPS, WAYS, assert_same_bits, in_mode
+from common import MODES, OPTIONS, ROUNDED_OTHERWISE, SETUPS, WAYS, assert_same_bits
+from training import Training
 
 import freezeops as fz
 
@@ -22,39 +21,18 @@ JIT_ULPS = 8
 
 ULPS_PER_STEP = 2
 
-SHAPES = [(9, 14), (21,)]
+SHAPES = {"v0": (9, 14), "v1": (21,)}
 
 
-def train(setup, options, mode, by_hand, **wrapping):
-    """Values before and after of the trainable entries; `wrapping` is what `MaskedOptimizer` is given besides."""
-    rng = np.random.default_rng(11)
-    masks = [rng.random(shape) < 0.6 for shape in SHAPES]
-    variables = [
-        keras.Variable(rng.normal(size=shape).astype("float32"), name=f"v{i}") for i, shape in enumerate(SHAPES)
-    ]
-    first = [variable.numpy() for variable in variables]
+def train(setup, options, mode, **wrapping):
+    """Values before and after of the trainable entries; by hand if nothing is said about wrapping."""
+    training = Training(SHAPES, density=0.6, seed=11, mean=0.0)
+    first = training.values()
     optimizer = SETUPS[setup](**options)
-    if not by_hand:
-        optimizer = fz.MaskedOptimizer(optimizer, **wrapping)
-        for variable, mask in zip(variables, masks, strict=True):
-            optimizer.register_mask(variable, mask)
-    optimizer.build(variables)
-
-    def step(gradients):
-        if not by_hand:
-            optimizer.apply(gradients, variables)
-            return
-        old = [tf.identity(variable.value) for variable in variables]
-        gradients = [tf.where(mask, gradient, 0.0) for mask, gradient in zip(masks, gradients, strict=True)]
-        optimizer.apply(gradients, variables)
-        for variable, mask, value in zip(variables, masks, old, strict=True):
-            variable.assign(tf.where(mask, variable.value, value))
-
-    step = in_mode(step, mode)
-    for _ in range(STEPS):
-        step([tf.constant(rng.normal(size=shape).astype("float32")) for shape in SHAPES])
-    last = [variable.numpy() for variable in variables]
-    return [(before[mask], after[mask]) for before, after, mask in zip(first, last, masks, strict=True)]
+    training.start(fz.MaskedOptimizer(optimizer, **wrapping) if wrapping else optimizer, mode)
+    training.step(STEPS)
+    last = training.values()
+    return [(first[name][mask], last[name][mask]) for name, mask in training.masks.items()]
 
 
 CASES = [
@@ -69,8 +47,8 @@ CASES = [
 
 @pytest.mark.parametrize(("setup", "fused", "option", "mode"), CASES)
 def test_as_by_hand(setup, fused, option, mode):
-    ours = train(setup, OPTIONS[option], mode, by_hand=False, fused=fused)
-    by_hand = train(setup, OPTIONS[option], mode, by_hand=True)
+    ours = train(setup, OPTIONS[option], mode, fused=fused)
+    by_hand = train(setup, OPTIONS[option], mode)
     for (start, actual), (_, expected) in zip(ours, by_hand, strict=True):
         rounded_otherwise = mode == "function" and fused and setup.split()[0] in ROUNDED_OTHERWISE
         if mode != "jit" and not rounded_otherwise:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import freezeops as fz
-from freezeops.registry.rules import named_entries
+from freezeops.masks.where import named_entries
 
 
 def dense_model(names=("encoder", "head")):
@@ -292,7 +292,7 @@ def test_layouts_chosen_at_build():
     optimizer.freeze(variables[1], [0, 1])
     optimizer.freeze(variables[2])
     optimizer.build(variables)
-    bytes_ = [part.mask_bytes for part in optimizer._state.partitions]
+    bytes_ = [report.bytes for report in optimizer.describe()]
     # One bit per entry where nothing is known, or only that all is frozen.
     assert bytes_ == [6, 1, 6, 1, 0, 1]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import MODES, assert_same_bits, in_mode
-from test_promise import numpy_dtype, odd_values
+from training import numpy_dtype, odd_values
 
 import freezeops as fz
 from freezeops.registry import rules_config

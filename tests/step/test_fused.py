@@ -2,8 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,38 +12,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import FUSED, OPTIONS, ROUNDED_OTHERWISE, SETUPS, assert_same_bits, bits, in_mode
+from fused_variables import DTYPES, RULES, assert_same_state, fused_notes, variables_of, with_gradient_of_rows
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from processes import run_script
+from training import Training
 
 import freezeops as fz
 from freezeops import ops
-from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops import native, reference_updates
-from freezeops.ops.reference_updates import FusedVariable
-from freezeops.partitions import compact
 
-RULES = {
-    # Slots, and scalars: rate, decay, its rate, then the rule's own.
-    "sgd": (0, [0.1, 0.01, 0.1]),
-    "sgd_momentum": (1, [0.1, 0.01, 0.1, 0.9]),
-    "sgd_nesterov": (1, [0.1, 0.01, 0.1, 0.9]),
-    "adam": (2, [0.01, 0.01, 0.1, 0.1, 0.05, 1e-3]),
-    "adam_amsgrad": (3, [0.01, 0.01, 0.1, 0.1, 0.05, 1e-3]),
-    "nadam": (2, [0.01, 0.01, 0.1, 0.1, 0.05, 1e-3, 0.9, 0.5, 0.2, 0.6, 0.7]),
-    "rmsprop": (1, [0.01, 0.01, 0.1, 0.9, 0.1, 1e-3]),
-    "rmsprop_momentum": (2, [0.01, 0.01, 0.1, 0.9, 0.1, 1e-3, 0.9]),
-    "rmsprop_centered": (2, [0.01, 0.01, 0.1, 0.9, 0.1, 1.0]),
-    "rmsprop_momentum_centered": (3, [0.01, 0.01, 0.1, 0.9, 0.1, 1.0, 0.9]),
-    "adagrad": (1, [0.01, 0.01, 0.1, 1e-3]),
-    "lion": (1, [0.01, 0.01, 0.1, 0.9, 0.1, 0.8, 0.2]),
-}
-DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-}
 LENGTHS = st.sampled_from([0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 129, 200, 513, 5000])
 LAYOUTS = st.one_of(
     st.builds(Layout, st.just(1), LENGTHS, st.just(1)),
@@ -53,79 +30,6 @@ LAYOUTS = st.one_of(
     st.builds(Layout, st.sampled_from([2, 3, 70]), st.sampled_from([1, 5, 64, 130]), st.sampled_from([1, 4])),
 )
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def passing_of(packed, layout):
-    """Which entries are trainable."""
-    passing = np.unpackbits(packed, count=layout.kept, bitorder="little").astype(bool)
-    return np.broadcast_to(passing[None, :, None], layout).reshape(-1)
-
-
-def variables_of(rng, rule, dtype, layouts, density, compact_state, seeded):
-    """The same generated variables, twice; and what the op is told beside them."""
-    real, (slot_count, scalars) = DTYPES[dtype], RULES[rule]
-    seed_slots = list(range(min(slot_count, 2)))[::-1] if seeded else []
-
-    def normal(size):
-        return rng.normal(size=size).astype(real)
-
-    results = [], []
-    for number, layout in enumerate(layouts):
-        size = layout.size
-        packed = np.packbits(rng.random(layout.kept) < density, bitorder="little")
-        room = packing.count_bits(packed, layout.kept) + number
-        slot_size = room * layout.inner if compact_state else size
-        offsets, indices = compact.TrainableIndex.arrays(packed, layout, room)
-        values, gradient = normal(size), normal(size)
-        masked = compact_state or number != 1 or layout.outer * layout.inner > 1
-        # NaN, infinities and subnormals where nothing may be written.
-        frozen = np.flatnonzero(~passing_of(packed, layout)) if masked else np.zeros(0, int)
-        odd = rng.integers(0, 256, frozen.size * real.itemsize, dtype=np.uint8).view(real)
-        values[frozen] = gradient[frozen] = odd
-        slots = [np.abs(normal(slot_size)) for _ in range(slot_count)]
-        for slot in slots:
-            slot[rng.random(slot_size) < 0.3] = 0
-        waiting = np.packbits(rng.random(slot_size) < 0.5, bitorder="little")
-        for variables in results:
-            variables.append(
-                FusedVariable(
-                    variable=tf.Variable(values),
-                    gradient=tf.constant(gradient),
-                    slots=[tf.Variable(slot) for slot in slots],
-                    layout=layout if masked else Layout(1, 1, size),
-                    bits=tf.Variable(packed) if masked else None,
-                    ranks=(tf.Variable(offsets), tf.Variable(indices)) if compact_state else None,
-                    unseeded=tf.Variable(waiting) if seeded else None,
-                    decays=number % 2 == 0,
-                )
-            )
-    scales = [tf.constant(0.5, tf.float64), tf.constant(0.25, tf.float64)][: len(seed_slots)]
-    scalars = tf.constant(np.array(scalars).astype(real))
-    return *results, (scalars, seed_slots, [2, 1][: len(seed_slots)], scales)
-
-
-def with_gradient_of_rows(one, slices):
-    """The variable with this gradient, and in its shape: generated variables are flat."""
-    shape = tf.get_static_value(slices.dense_shape)
-    return one._replace(gradient=slices, variable=tf.Variable(tf.reshape(one.variable, shape)))
-
-
-def assert_same_state(ours, twins, told):
-    """Frozen entries bit for bit; trainable ones too, but that one NaN is as good as another."""
-    for one, twin in zip(ours, twins, strict=True):
-        pairs = [(one.variable, twin.variable), *zip(one.slots, twin.slots, strict=True)]
-        if one.unseeded is not None:
-            assert_same_bits(one.unseeded.numpy(), twin.unseeded.numpy(), f"{told} unseeded")
-        for number, (actual, expected) in enumerate(pairs):
-            actual, expected = actual.numpy().reshape(-1), expected.numpy().reshape(-1)
-            if one.ranks is not None and number:
-                used = packing.count_bits(one.bits.numpy(), one.layout.kept) * one.layout.inner
-                actual, expected, passing = actual[:used], expected[:used], np.ones(used, bool)
-            else:
-                passing = passing_of(np.array([255], np.uint8) if one.bits is None else one.bits.numpy(), one.layout)
-            both_nan = np.isnan(actual) & np.isnan(expected) & passing
-            actual[both_nan] = expected[both_nan] = 0
-            assert_same_bits(actual, expected, f"{told} array {number}")
 
 
 @pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")
@@ -179,30 +83,11 @@ class TestAgainstTheTwin:
         assert_same_state(ours, twins, f"{rule} {dtype} {layout}")
 
     @pytest.mark.parametrize("isa", ["generic", "avx2"])
-    def test_lower_instruction_sets(self, isa, monkeypatch):
+    def test_lower_instruction_sets(self, isa, tmp_path):
         """In a process of its own: the choice is made once."""
-        folders = [str(folder) for folder in Path(__file__).parents[:2]]
-        code = (
-            "import sys; sys.path[:0] = sys.argv[1:]\n"
-            "import numpy as np\n"
-            "from test_fused import *\n"
-            "for state in (False, True):\n"
-            "  for rule in RULES:\n"
-            "    for dtype in DTYPES:\n"
-            "      for density in (0.01, 0.5, 1.0):\n"
-            "        layouts = [Layout(1, 5003, 1), Layout(1, 77, 9)]\n"
-            "        rng, seeded = np.random.default_rng(1), RULES[rule][0]\n"
-            "        ours, twins, told = variables_of(rng, rule, dtype, layouts, density, state, seeded)\n"
-            "        ops.fused_update(rule, ours, *told)\n"
-            "        reference_updates.fused_update(rule, twins, *told)\n"
-            "        assert_same_state(ours, twins, f'{rule} {dtype} {density}')\n"
-            "print('done')\n"
-        )
+        script = Path(__file__).with_name("instruction_set_script.py")
         environment = os.environ | {"FREEZEOPS_ISA": isa, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, *folders], capture_output=True, text=True, env=environment, timeout=600
-        )
-        assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-3000:]
+        assert run_script(script, [isa], environment, tmp_path / "log", seconds=600).endswith("done\n")
 
     def test_refuses_what_does_not_belong_together(self):
         rng = np.random.default_rng(0)
@@ -274,39 +159,16 @@ def apply_rows(optimizer, variable, values, rows):
     optimizer.apply([tf.IndexedSlices(values, rows, tf.constant([10, 4]))], [variable])
 
 
-SHAPES = [(37, 41), (129,), (3,), (500, 7)]
+SHAPES = {"v0": (37, 41), "v1": (129,), "v2": (3,), "v3": (500, 7)}
 
 
-def train(setup, mode, fused, dtype="float32", state="full", steps=6, options=None, gradients=None, kind="elements"):
+def train(setup, mode, fused, dtype="float32", state="full", steps=6, options=None):
     """Trains with masks; `fused=None`: by Keras's own optimizer, with gradients and variables masked by hand."""
-    rng = np.random.default_rng(3)
-    masks = [
-        rng.random(shape if kind == "elements" else (shape[0],) + (1,) * (len(shape) - 1)) < 0.6 for shape in SHAPES
-    ]
-    variables = [
-        keras.Variable(rng.normal(size=shape).astype("float32"), dtype=dtype, name=f"v{i}")
-        for i, shape in enumerate(SHAPES)
-    ]
+    training = Training(SHAPES, density=0.6, dtype=dtype, seed=3, mean=0.0)
     optimizer = SETUPS[setup](**(options or {}))
-    if fused is not None:
-        optimizer = fz.MaskedOptimizer(optimizer, state=state, fused=fused)
-        for variable, mask in zip(variables, masks, strict=True):
-            optimizer.register_mask(variable, mask)
-    optimizer.build(variables)
-
-    def step(gradients):
-        if fused is not None:
-            optimizer.apply(gradients, variables)
-            return
-        old = [tf.identity(variable.value) for variable in variables]
-        optimizer.apply([tf.where(m, g, tf.zeros_like(g)) for m, g in zip(masks, gradients, strict=True)], variables)
-        for variable, mask, value in zip(variables, masks, old, strict=True):
-            variable.assign(tf.where(mask, variable.value, value))
-
-    step = in_mode(step, mode)
-    for _ in range(steps):
-        step([tf.cast(rng.normal(size=shape).astype("float32"), dtype) for shape in SHAPES])
-    return [variable.numpy() for variable in variables], masks, optimizer
+    training.start(optimizer if fused is None else fz.MaskedOptimizer(optimizer, state=state, fused=fused), mode)
+    training.step(steps)
+    return list(training.values().values()), list(training.masks.values()), training.optimizer
 
 
 def options_for(setup, dtype):
@@ -321,7 +183,7 @@ def options_for(setup, dtype):
 def test_as_keras(setup, mode, dtype, state):
     options = options_for(setup, dtype)
     ours, masks, optimizer = train(setup, mode, True, dtype, state, options=options)
-    assert optimizer._update_notes() == ["fused"] * len(SHAPES)
+    assert fused_notes(optimizer) == ["fused"] * len(SHAPES)
     expected, _, _ = train(setup, mode, None, dtype, options=options)
     for actual, by_keras, mask in zip(ours, expected, masks, strict=True):
         frozen = ~np.broadcast_to(mask, actual.shape)
@@ -526,7 +388,7 @@ def fused_note(inner, variable=None, **arguments):
     optimizer = fz.MaskedOptimizer(inner, fused=arguments.pop("fused", True), **arguments)
     optimizer.freeze(variable, 0)
     optimizer.build([variable])
-    return optimizer._update_notes()[0]
+    return fused_notes(optimizer)[0]
 
 
 def test_who_is_fused_and_who_is_not(capsys):
@@ -683,7 +545,7 @@ def test_a_wrapper_that_writes_variables(mode):
     before = variable.numpy()
     in_mode(lambda: optimizer.apply([gradient], [variable]), mode)()
     assert_same_bits(variable.numpy()[~mask], before[~mask])
-    assert optimizer._update_notes() == ["not fused: Shrinking around it may write variables"]
+    assert fused_notes(optimizer) == ["Shrinking around it may write variables"]
 
 
 @pytest.mark.parametrize("method", ["apply", "_backend_update_step", "update_step"])
@@ -709,7 +571,7 @@ def test_a_method_that_was_replaced(method, late):
         assert_same_bits(variable.numpy()[~mask], before[~mask])
         results.append(variable.numpy())
         if fused and method == "apply":
-            assert optimizer._update_notes() == ["not fused: its `apply` was replaced"]
+            assert fused_notes(optimizer) == ["its `apply` was replaced"]
     assert_same_bits(*results)
 
 
@@ -730,7 +592,7 @@ def test_a_method_of_the_class_that_was_replaced(method, monkeypatch):
     monkeypatch.setattr(keras.optimizers.Adam, method, replaced)
     optimizer.apply_gradients([(gradient, variable)])
     assert calls == [method]
-    assert optimizer._update_notes() == [f"not fused: its `{method}` was replaced"]
+    assert fused_notes(optimizer) == [f"its `{method}` was replaced"]
     assert_same_bits(variable.numpy()[~mask], before[~mask])
 
 
@@ -817,7 +679,7 @@ def test_variables_without_a_mask_are_fused_too():
         optimizer = fz.MaskedOptimizer(keras.optimizers.Adam(0.1), maskable={"w": "none"}, fused=fused)
         for _ in range(3):
             optimizer.apply([variable.value * 2], [variable])
-        assert optimizer._update_notes() == (["fused"] if fused else None)
+        assert fused_notes(optimizer) == ["fused" if fused else "fused=False"]
         results.append(variable.numpy())
     assert_same_bits(*results)
     assert bits(results[0]).size == 100

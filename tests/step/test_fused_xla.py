@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import OPTIONS, assert_same_bits
-from test_fused import DTYPES, FUSED, RULES, options_for, passing_of, train, variables_of, with_gradient_of_rows
-from test_promise import check
+from common import FUSED, OPTIONS, assert_same_bits
+from fused_variables import DTYPES, RULES, fused_notes, passing_of, variables_of, with_gradient_of_rows
+from test_fused import options_for, train
+from training import check_promise
 
 from freezeops import ops
 from freezeops.masks import packing
@@ -220,7 +221,7 @@ def test_the_way_that_is_asked_for(way):
 def test_as_keras(setup, dtype, state, hlo):
     options = options_for(setup, dtype)
     ours, masks, optimizer = train(setup, "jit", True, dtype, state, options=options)
-    assert set(optimizer._update_notes()) == {"fused"}
+    assert set(fused_notes(optimizer)) == {"fused"}
     by_keras, _, _ = train(setup, "jit", None, dtype, options=options)
     unit = float(ml_dtypes.finfo(DTYPES[dtype]).eps)
     for actual, expected, mask in zip(ours, by_keras, masks, strict=True):
@@ -235,7 +236,7 @@ def test_as_keras(setup, dtype, state, hlo):
     "setup", ["SGD momentum", "AdamW", "Adam amsgrad", "Nadam", "RMSprop momentum centered", "Lion"]
 )
 def test_the_promise(setup, option, hlo):
-    check(setup, OPTIONS[option], "jit", fused=True)
+    check_promise(setup, OPTIONS[option], "jit", fused=True)
 
 
 STEPS = """

@@ -17,36 +17,12 @@
 
 #include <stdint.h>
 
-#include "kernels/common/float16.h"
-#include "kernels/cpu/fused.h"
+#include "kernels/common/dtypes.h"
 
 namespace freezeops {
 namespace {
 
-template <FusedType kType>
-struct EntryOf;
-template <>
-struct EntryOf<kFloat16> {
-  using Type = Half;
-  using Acc = float;
-};
-template <>
-struct EntryOf<kBfloat16> {
-  using Type = Bfloat16;
-  using Acc = float;
-};
-template <>
-struct EntryOf<kFloat32> {
-  using Type = float;
-  using Acc = float;
-};
-template <>
-struct EntryOf<kFloat64> {
-  using Type = double;
-  using Acc = double;
-};
-
-template <FusedType kType>
+template <Float kType>
 struct Single {
   using Entry = typename EntryOf<kType>::Type;
   using Acc = typename EntryOf<kType>::Acc;

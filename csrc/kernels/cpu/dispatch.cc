@@ -6,10 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cpu/fused.h"
 #include "kernels/cpu/kernels.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 #if defined(FREEZEOPS_HAVE_X86_KERNELS)
@@ -20,12 +20,7 @@ bool has_f16c() {
 }
 #endif
 
-struct Chosen {
-  const KernelTable& kernels;
-  const FusedKernels& fused;
-};
-
-Chosen choose() {
+KernelTable choose() {
 #if defined(FREEZEOPS_HAVE_X86_KERNELS)
   const char* wanted = getenv("FREEZEOPS_ISA");
   if (wanted == nullptr) wanted = "";
@@ -37,22 +32,18 @@ Chosen choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512vbmi2");
-  if (has_avx512 && !avx2_at_most) return {kAvx512Kernels, kAvx512Fused};
-  if (has_avx2 && !generic_only) return {kAvx2Kernels, kAvx2Fused};
+  if (has_avx512 && !avx2_at_most) return {kAvx512MaskKernels, kAvx512FusedKernels, "avx512"};
+  if (has_avx2 && !generic_only) return {kAvx2MaskKernels, kAvx2FusedKernels, "avx2"};
 #endif
-  return {kGenericKernels, kGenericFused};
-}
-
-const Chosen& chosen() {
-  static const Chosen once = choose();
-  return once;
+  return {kGenericMaskKernels, kGenericFusedKernels, "generic"};
 }
 
 }  // namespace
 
-const KernelTable& cpu_kernels() { return chosen().kernels; }
-
-const FusedKernels& fused_kernels() { return chosen().fused; }
+const KernelTable& kernels() {
+  static const KernelTable chosen = choose();
+  return chosen;
+}
 
 bool all_trainable(const MaskView& mask) {
   const int64_t kept = mask.layout.kept;
@@ -73,4 +64,5 @@ bool all_trainable(const MaskView& mask) {
   return bit == kept || (load_bits(mask.bits, byte_count, bit) & valid) == valid;
 }
 
+}  // namespace cpu
 }  // namespace freezeops

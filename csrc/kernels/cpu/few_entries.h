@@ -1,4 +1,4 @@
-// How kernels get at entries far from each other: their lines are asked for before they are used.
+// Entries far from each other, whose lines are prefetched before they are used.
 
 #ifndef FREEZEOPS_KERNELS_CPU_FEW_ENTRIES_H_
 #define FREEZEOPS_KERNELS_CPU_FEW_ENTRIES_H_
@@ -9,10 +9,11 @@
 #include "mask_layout.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
-// Asks for the lines of a word that comes later: what the processor asks for by itself ends with each page, and that is
-// soon where most of a page is passed over.
+// Prefetches the lines of a later word: the processor's own prefetching ends with each page, which comes soon where
+// most of a page is passed over.
 template <typename U>
 FREEZEOPS_INLINE void prefetch_ahead(const U* word) {
   constexpr int64_t kAheadBytes = 2048;
@@ -20,8 +21,7 @@ FREEZEOPS_INLINE void prefetch_ahead(const U* word) {
   for (int64_t line = 0; line < 64 * static_cast<int64_t>(sizeof(U)); line += 64) __builtin_prefetch(ahead + line);
 }
 
-// The entries of a block of which few are selected. They are used one block later, when the lines that were asked for
-// have come.
+// The selected entries of a block that has few. They are used one block later, when their lines have come.
 struct FewEntries {
   int64_t position = 0;
   int count = 0;
@@ -29,6 +29,7 @@ struct FewEntries {
 };
 
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_FEW_ENTRIES_H_

@@ -1,17 +1,12 @@
-// Fused updates for any processor.
+// The fused kernels for any processor.
 
-#include "kernels/common/vectors_scalar.h"
-#include "kernels/cpu/words_generic.h"
-
-namespace freezeops {
-namespace {
-template <FusedType kType>
-using Vector = Single<kType>;
-}  // namespace
-}  // namespace freezeops
-
-#include "kernels/cpu/fused_kernels.h"
+#include "kernels/cpu/fused_table.h"
+#include "kernels/cpu/isa_generic.h"
 
 namespace freezeops {
-FREEZEOPS_DEFINE_FUSED_KERNELS(kGenericFused);
+namespace cpu {
+
+constexpr FusedKernels kGenericFusedKernels = fused_kernels<Generic>();
+
+}  // namespace cpu
 }  // namespace freezeops

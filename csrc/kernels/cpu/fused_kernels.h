@@ -1,5 +1,5 @@
-// Fused updates, written once over vectors and word operations; each instruction set's file includes this after its
-// own Words (see mask_kernels.h) and Vector (see vectors_scalar.h).
+// Fused updates, written once over the operations of an instruction set (Isa, see mask_kernels.h): the update of
+// entries that are at hand. fused_full.h and fused_compact.h find the entries.
 
 #ifndef FREEZEOPS_KERNELS_CPU_FUSED_KERNELS_H_
 #define FREEZEOPS_KERNELS_CPU_FUSED_KERNELS_H_
@@ -8,20 +8,19 @@
 
 #include "kernels/common/seed_entry.h"
 #include "kernels/cpu/few_entries.h"
-#include "kernels/cpu/fused.h"
+#include "kernels/cpu/kernels.h"
 #include "kernels/cpu/mask_walk.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
-// Trainable entries that are brought together before they are updated, so that they fill whole vectors.
-constexpr int kTogether = 512;
-constexpr int kRoom = kTogether + 64;
+// Scattered entries are collected in arrays before they are updated, so that they fill whole vectors: this many at
+// most, and the entries of a word more.
+constexpr int kCollected = 512;
+constexpr int kRoom = kCollected + 64;
 
-// Compact state: of how many entries one must be trainable for words to be updated where they are.
-constexpr int kInPlace = 4;
-
-// How wide an integer moves an entry.
+// The unsigned integer of kBytes bytes.
 template <int kBytes>
 struct IntegerOf;
 template <>
@@ -37,14 +36,14 @@ struct IntegerOf<8> {
   using Type = uint64_t;
 };
 
-// load_bits() of bits that other threads clear meanwhile, each thread its own: in compact state two may share a byte.
+// load_bits() of bits that other threads may be clearing: in compact state two threads' bits may share a byte.
 FREEZEOPS_INLINE uint64_t load_shared_bits(const uint8_t* bits, int64_t byte_count, int64_t bit) {
   int64_t byte = bit >> 3;
   const int shift = static_cast<int>(bit & 7);
   uint64_t word = 0;
   uint64_t next = 0;
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  // Two words that lie as words must.
+  // Two aligned words.
   const int before = static_cast<int>(reinterpret_cast<uintptr_t>(bits + byte) & 7);
   if (byte >= before && byte - before + 16 <= byte_count) {
     const uint64_t* const words = reinterpret_cast<const uint64_t*>(bits + byte - before);
@@ -66,12 +65,12 @@ FREEZEOPS_INLINE uint64_t load_shared_bits(const uint8_t* bits, int64_t byte_cou
   return shift == 0 ? word : (word >> shift) | (next << (64 - shift));
 }
 
-// The updates of one variable. Positions are those of entries in the variable; an entry's slot is at the same position
-// in full state, at its rank in compact state.
-template <Rule kRule, FusedType kType>
+// Updates entries of one variable. Positions are those of entries in the variable; an entry's slot is at the same
+// position in full state, at its rank in compact state.
+template <typename Isa, UpdateRule kRule, Float kType>
 class Updates {
  public:
-  using V = Vector<kType>;
+  using V = typename Isa::template Vector<kType>;
   using Entry = typename V::Entry;
   using Acc = typename EntryOf<kType>::Acc;
   using U = typename IntegerOf<sizeof(Entry)>::Type;
@@ -100,7 +99,7 @@ class Updates {
   const Entry* gradient() const { return gradient_; }
   const Entry* square() const { return square_; }
 
-  // Asks for the lines of an entry: with its slots, which are elsewhere, or without.
+  // Prefetches an entry of the variable and the gradient, and in full state (kSlots) of the slots.
   template <bool kSlots>
   void prefetch(int64_t entry) const {
     __builtin_prefetch(variable_ + entry, 1);
@@ -111,15 +110,15 @@ class Updates {
     }
   }
 
-  // `count` entries that follow each other, as their slots do from `slot` on.
-  void consecutive(Entry* w, const Entry* g, const Entry* square, int64_t slot, int64_t count) const {
+  // Updates `count` consecutive entries, whose slots are consecutive from `slot` on.
+  void update_run(Entry* w, const Entry* g, const Entry* square, int64_t slot, int64_t count) const {
     Entry* s[kMostSlots];
     for (int i = 0; i < kMostSlots; ++i) s[i] = slots_[i] == nullptr ? nullptr : slots_[i] + slot;
-    all(w, g, square, s, count);
+    update_all(w, g, square, s, count);
   }
 
-  // Those of a word of 64 entries from `position` on, in full state.
-  void word(int64_t position, uint64_t selected) const {
+  // Updates the selected entries of one 64-entry word (full state).
+  void update_word(int64_t position, uint64_t selected) const {
     for (int i = 0; i < 64; i += kLanes) {
       const uint32_t lanes = static_cast<uint32_t>(selected >> i) & kAllLanes;
       if (lanes == 0) continue;
@@ -130,27 +129,27 @@ class Updates {
     }
   }
 
-  // Those at `base + entries[i]`, in full state: brought together, updated, and put back.
-  void scattered(int64_t base, const uint16_t* entries, int count) const {
-    Entry w[kRoom], g[kRoom], square[kRoom], of_slots[kMostSlots][kRoom];
+  // Updates the entries at `base + entries[i]` (full state): collected, updated and put back.
+  void update_scattered(int64_t base, const uint16_t* entries, int count) const {
+    Entry w[kRoom], g[kRoom], square[kRoom], slot_values[kMostSlots][kRoom];
     Entry* s[kMostSlots];
-    bring(w, variable_ + base, entries, count);
-    if (gradient_ != nullptr) bring(g, gradient_ + base, entries, count);
-    if (square_ != nullptr) bring(square, square_ + base, entries, count);
+    collect(w, variable_ + base, entries, count);
+    if (gradient_ != nullptr) collect(g, gradient_ + base, entries, count);
+    if (square_ != nullptr) collect(square, square_ + base, entries, count);
     for (int i = 0; i < kMostSlots; ++i) {
-      s[i] = slots_[i] == nullptr ? nullptr : of_slots[i];
-      if (s[i] != nullptr) bring(s[i], slots_[i] + base, entries, count);
+      s[i] = slots_[i] == nullptr ? nullptr : slot_values[i];
+      if (s[i] != nullptr) collect(s[i], slots_[i] + base, entries, count);
     }
-    all(w, gradient_ == nullptr ? nullptr : g, square_ == nullptr ? nullptr : square, s, count);
+    update_all(w, gradient_ == nullptr ? nullptr : g, square_ == nullptr ? nullptr : square, s, count);
     put(variable_ + base, w, entries, count);
     for (int i = 0; i < kMostSlots; ++i) {
       if (s[i] != nullptr) put(slots_[i] + base, s[i], entries, count);
     }
   }
 
-  // Those of a word of 64 entries from `position` on, in compact state, with the slots of the first one at `slot`. What
-  // becomes of the slots goes to `new_slots`, with room for 64 and a vector more. Returns how many there were.
-  int word_of_ranks(int64_t position, uint64_t selected, int64_t slot, Entry* const* new_slots) const {
+  // Updates the selected entries of one 64-entry word (compact state). `slot`: slot of the first selected entry. Writes
+  // the new slots to `new_slots`, which have room for 64 entries and a vector more. Returns the number of entries.
+  int update_word_compact(int64_t position, uint64_t selected, int64_t slot, Entry* const* new_slots) const {
     int count = 0;
     for (int i = 0; i < 64; i += kLanes) {
       const uint32_t lanes = static_cast<uint32_t>(selected >> i) & kAllLanes;
@@ -158,7 +157,7 @@ class Updates {
       V value = V::load(variable_ + at);
       const V gradient = gradient_ == nullptr ? V::set(Entry(Acc(0))) : V::load(gradient_ + at);
       const V squared = square_ == nullptr ? gradient * gradient : V::load(square_ + at);
-      V s[kMostSlots] = {gradient, gradient, gradient};  // those that the rule has are loaded
+      V s[kMostSlots] = {gradient, gradient, gradient};  // the rule's are loaded
       for (int j = 0; j < kMostSlots; ++j) {
         if (slots_[j] != nullptr) s[j] = V::expand(slots_[j] + slot + count, lanes);
       }
@@ -172,23 +171,22 @@ class Updates {
     return count;
   }
 
-  // What word_of_ranks() made of `count` slots from `slot` on.
+  // Writes `count` slots that update_word_compact() returned, from `slot` on.
   void put_slots(int64_t slot, Entry* const* new_slots, int count) const {
     for (int j = 0; j < kMostSlots; ++j) {
       if (slots_[j] != nullptr) __builtin_memcpy(slots_[j] + slot, new_slots[j], count * sizeof(Entry));
     }
   }
 
-  // Whether none of `count` slots from `slot` on, at most 64, waits to be seeded.
+  // Returns whether none of `count` <= 64 slots from `slot` on waits to be seeded.
   bool none_waits(int64_t slot, int count) const {
     return !seeds() || (load_shared_bits(unseeded_, unseeded_bytes_, slot) & low_bits(count)) == 0;
   }
 
-  // Seeding, before the update: of slots that wait for it.
-
+  // Returns whether slots may wait to be seeded, which is done before the update.
   bool seeds() const { return unseeded_ != nullptr && seeds_ > 0; }
 
-  // The selected ones of up to 64 slots from `slot` on.
+  // Seeds the selected among up to 64 slots from `slot` on.
   void seed(int64_t slot, uint64_t selected, const Entry* g, const Entry* square) const {
     uint64_t waiting = load_shared_bits(unseeded_, unseeded_bytes_, slot) & selected;
     for (; waiting != 0; waiting &= waiting - 1) {
@@ -197,7 +195,7 @@ class Updates {
     }
   }
 
-  // `count` slots from `slot` on.
+  // Seeds `count` slots from `slot` on.
   void seed_run(int64_t slot, int64_t count, const Entry* g, const Entry* square) const {
     for (int64_t i = 0; i < count; i += 64) seed(slot + i, low_bits(count - i), from(g, i), from(square, i));
   }
@@ -215,7 +213,7 @@ class Updates {
 
   static const Entry* from(const Entry* data, int64_t at) { return data == nullptr ? nullptr : data + at; }
 
-  static void bring(Entry* to, const Entry* data, const uint16_t* entries, int count) {
+  static void collect(Entry* to, const Entry* data, const uint16_t* entries, int count) {
     for (int i = 0; i < count; ++i) to[i] = data[entries[i]];
   }
   static void put(Entry* data, const Entry* values, const uint16_t* entries, int count) {
@@ -223,8 +221,8 @@ class Updates {
   }
 
  private:
-  __attribute__((noinline)) void all(Entry* w, const Entry* g, const Entry* square, Entry* const* slots,
-                                     int64_t count) const {
+  __attribute__((noinline)) void update_all(Entry* w, const Entry* g, const Entry* square, Entry* const* slots,
+                                            int64_t count) const {
     Entry* s[kMostSlots] = {slots[0], slots[1], slots[2]};
     for (; count >= kLanes; count -= kLanes) {
       update<false>(w, g, square, s, kAllLanes);
@@ -235,21 +233,22 @@ class Updates {
         if (s[i] != nullptr) s[i] += kLanes;
       }
     }
-    if (count > 0) rest(w, g, square, s, static_cast<int>(count));
+    if (count > 0) update_remainder(w, g, square, s, static_cast<int>(count));
   }
 
-  // Fewer than a vector: nothing behind them is read or written.
-  __attribute__((noinline)) void rest(Entry* w, const Entry* g, const Entry* square, Entry* const* s, int count) const {
+  // Updates fewer entries than a vector has, by way of padded arrays: nothing behind the entries is read or written.
+  __attribute__((noinline)) void update_remainder(Entry* w, const Entry* g, const Entry* square, Entry* const* s,
+                                                  int count) const {
     Entry padded[3 + kMostSlots][kLanes] = {};
-    Entry* of_slots[kMostSlots];
+    Entry* slot_values[kMostSlots];
     for (int i = 0; i < count; ++i) padded[0][i] = w[i];
     for (int i = 0; i < count && g != nullptr; ++i) padded[1][i] = g[i];
     for (int i = 0; i < count && square != nullptr; ++i) padded[2][i] = square[i];
     for (int j = 0; j < kMostSlots; ++j) {
-      of_slots[j] = s[j] == nullptr ? nullptr : padded[3 + j];
+      slot_values[j] = s[j] == nullptr ? nullptr : padded[3 + j];
       for (int i = 0; i < count && s[j] != nullptr; ++i) padded[3 + j][i] = s[j][i];
     }
-    update<false>(padded[0], g == nullptr ? nullptr : padded[1], square == nullptr ? nullptr : padded[2], of_slots,
+    update<false>(padded[0], g == nullptr ? nullptr : padded[1], square == nullptr ? nullptr : padded[2], slot_values,
                   kAllLanes);
     for (int i = 0; i < count; ++i) w[i] = padded[0][i];
     for (int j = 0; j < kMostSlots; ++j) {
@@ -263,7 +262,7 @@ class Updates {
     V value = V::load(w);
     const V gradient = g == nullptr ? V::set(Entry(Acc(0))) : V::load(g);
     const V squared = square == nullptr ? gradient * gradient : V::load(square);
-    V s[kMostSlots] = {gradient, gradient, gradient};  // those that the rule has are loaded
+    V s[kMostSlots] = {gradient, gradient, gradient};  // the rule's are loaded
     if (slots[0] != nullptr) s[0] = V::load(slots[0]);
     if (slots[1] != nullptr) s[1] = V::load(slots[1]);
     if (slots[2] != nullptr) s[2] = V::load(slots[2]);
@@ -291,17 +290,17 @@ class Updates {
   uint8_t* unseeded_;
   int64_t unseeded_bytes_;
   V scalars_[kMostScalars];
-  SlotSeed<Entry, Acc> seed_[kMostSlots];
+  SlotSeed<kType> seed_[kMostSlots];
 };
 
-// Entries of a block, to be used when their lines have come; see FewEntries.
+// Adds the selected entries of a word, `offset` entries from the block's start; see FewEntries.
 FREEZEOPS_INLINE void add_bits(FewEntries* few, int64_t offset, uint64_t selected) {
   for (; selected != 0; selected &= selected - 1) {
     few->entries[few->count++] = static_cast<uint16_t>(offset + __builtin_ctzll(selected));
   }
 }
 
-// What walk() calls, as calls: its code is there once and not for each rule and type.
+// A visitor of walk() behind virtual functions: the code of walk() is there once, and not for each rule and type.
 class AnyVisitor {
  public:
   virtual void run(int64_t position, int64_t length) = 0;
@@ -317,251 +316,24 @@ __attribute__((noinline)) void walk_trainable(const MaskView& mask, int64_t begi
   walk<true>(mask, begin, end, visitor);
 }
 
-template <Rule kRule, FusedType kType>
-struct FullVisitor final : AnyVisitor {
-  using Of = Updates<kRule, kType>;
-  const Of& updates;
-  int64_t begin;
-  FewEntries waiting;
-
-  FullVisitor(const Of& updates, int64_t begin) : updates(updates), begin(begin) {}
-
-  void run(int64_t position, int64_t length) override {
-    const int64_t at = begin + position;
-    const auto g = Of::from(updates.gradient(), at);
-    const auto square = Of::from(updates.square(), at);
-    if (updates.seeds()) updates.seed_run(at, length, g, square);
-    updates.consecutive(updates.variable() + at, g, square, at, length);
-  }
-  void word(int64_t position, uint64_t selected) override {
-    const int64_t at = begin + position;
-    if (updates.seeds()) updates.seed(at, selected, Of::from(updates.gradient(), at), Of::from(updates.square(), at));
-    updates.word(at, selected);
-  }
-  void tail(int64_t position, uint64_t selected, int64_t) override {
-    FewEntries last;
-    add_bits(&last, 0, selected);
-    last.position = position;
-    finish(last);
-  }
-  void few(int64_t position, const uint64_t* block, int count) override {
-    FewEntries next;
-    next.position = position;
-    for (int i = 0; i < count; ++i) {
-      for (uint64_t word = block[i]; word != 0; word &= word - 1) {
-        const int entry = 64 * i + __builtin_ctzll(word);
-        next.entries[next.count++] = static_cast<uint16_t>(entry);
-        updates.template prefetch<true>(begin + position + entry);
-      }
+// Collects the entries of a block of which few are selected, and prefetches them.
+template <bool kSlots, typename Of>
+FREEZEOPS_INLINE void collect_block(FewEntries* few, const Of& updates, int64_t begin, int64_t position,
+                                    const uint64_t* block, int words) {
+  few->position = position;
+  few->count = 0;
+  for (int i = 0; i < words; ++i) {
+    for (uint64_t word = block[i]; word != 0; word &= word - 1) {
+      const int entry = 64 * i + __builtin_ctzll(word);
+      few->entries[few->count++] = static_cast<uint16_t>(entry);
+      updates.template prefetch<kSlots>(begin + position + entry);
     }
-    finish(waiting);
-    waiting = next;
   }
-  void finish(const FewEntries& few) {
-    const int64_t base = begin + few.position;
-    for (int i = 0; i < few.count && updates.seeds(); ++i) {
-      const int64_t at = base + few.entries[i];
-      updates.seed(at, 1, Of::from(updates.gradient(), at), Of::from(updates.square(), at));
-    }
-    updates.scattered(base, few.entries, few.count);
-  }
-};
-
-template <Rule kRule, FusedType kType>
-struct CompactVisitor final : AnyVisitor {
-  using Of = Updates<kRule, kType>;
-  using Entry = typename Of::Entry;
-  using U = typename Of::U;
-
-  const Of& updates;
-  int64_t begin;
-  int64_t rank;
-  FewEntries waiting = {};
-  // Words whose entries are brought together, and how many there are.
-  int words = 0;
-  int count = 0;
-  int64_t positions[kTogether];
-  uint64_t bits[kTogether];
-  Entry w[kRoom], g[kRoom], square[kRoom];
-  // Or, where many of a word's entries are trainable, new slots of words that are updated where they are: to bring them
-  // together would take longer than to calculate for the others in vain.
-  const bool in_place;
-  int new_count = 0;
-  Entry of_new_slots[kMostSlots][kRoom];
-  Entry* const new_slots[kMostSlots] = {of_new_slots[0], of_new_slots[1], of_new_slots[2]};
-
-  CompactVisitor(const Of& updates, int64_t begin, int64_t rank, bool in_place)
-      : updates(updates), begin(begin), rank(rank), in_place(in_place) {}
-
-  static U* as_integers(Entry* data) { return reinterpret_cast<U*>(data); }
-  static const U* as_integers(const Entry* data) { return reinterpret_cast<const U*>(data); }
-
-  void compress(Entry* to, const Entry* from, uint64_t selected) {
-    Words<U>::compress(as_integers(to) + count, as_integers(to) + kRoom, as_integers(from), selected);
-  }
-  const Entry* own(const Entry* source, const Entry* together) const { return source == nullptr ? nullptr : together; }
-
-  void update_together() {
-    const Entry* const gradient = own(updates.gradient(), g);
-    const Entry* const squares = own(updates.square(), square);
-    if (updates.seeds()) updates.seed_run(rank, count, gradient, squares);
-    updates.consecutive(w, gradient, squares, rank, count);
-    rank += count;
-  }
-
-  void finish_words() {
-    if (words == 0) return;
-    update_together();
-    const U* values = as_integers(w);
-    for (int i = 0; i < words; ++i) {
-      values =
-          Words<U>::expand(as_integers(updates.variable() + positions[i]), values, as_integers(w) + kRoom, bits[i]);
-    }
-    words = count = 0;
-  }
-  void finish_in_place() {
-    if (new_count == 0) return;
-    updates.put_slots(rank, new_slots, new_count);
-    rank += new_count;
-    new_count = 0;
-  }
-  void finish_few() {
-    if (waiting.count == 0) return;
-    const int64_t base = begin + waiting.position;
-    count = waiting.count;
-    Of::bring(w, updates.variable() + base, waiting.entries, count);
-    if (updates.gradient() != nullptr) Of::bring(g, updates.gradient() + base, waiting.entries, count);
-    if (updates.square() != nullptr) Of::bring(square, updates.square() + base, waiting.entries, count);
-    update_together();
-    Of::put(updates.variable() + base, w, waiting.entries, count);
-    waiting.count = count = 0;
-  }
-
-  void run(int64_t position, int64_t length) override {
-    finish();
-    const int64_t at = begin + position;
-    const auto gradient = Of::from(updates.gradient(), at);
-    const auto squares = Of::from(updates.square(), at);
-    if (updates.seeds()) updates.seed_run(rank, length, gradient, squares);
-    updates.consecutive(updates.variable() + at, gradient, squares, rank, length);
-    rank += length;
-  }
-  void word(int64_t position, uint64_t selected) override {
-    finish_few();
-    const int64_t at = begin + position;
-    if constexpr (Of::V::kExpands) {
-      if (in_place && updates.none_waits(rank + count + new_count, count_bits(selected))) {
-        finish_words();
-        Entry* const next[kMostSlots] = {new_slots[0] + new_count, new_slots[1] + new_count, new_slots[2] + new_count};
-        new_count += updates.word_of_ranks(at, selected, rank + new_count, next);
-        if (new_count > kTogether - 64) finish_in_place();
-        return;
-      }
-    }
-    finish_in_place();
-    compress(w, updates.variable() + at, selected);
-    if (updates.gradient() != nullptr) compress(g, updates.gradient() + at, selected);
-    if (updates.square() != nullptr) compress(square, updates.square() + at, selected);
-    prefetch_ahead(updates.variable() + at);
-    if (updates.gradient() != nullptr) prefetch_ahead(updates.gradient() + at);
-    positions[words] = at;
-    bits[words++] = selected;
-    count += count_bits(selected);
-    if (count > kTogether - 64 || words == kTogether) finish_words();
-  }
-  void tail(int64_t position, uint64_t selected, int64_t) override {
-    finish();
-    waiting.position = position;
-    add_bits(&waiting, 0, selected);
-  }
-  void few(int64_t position, const uint64_t* block, int blocks) override {
-    finish_words();
-    finish_in_place();
-    FewEntries next;
-    next.position = position;
-    for (int i = 0; i < blocks; ++i) {
-      for (uint64_t word = block[i]; word != 0; word &= word - 1) {
-        const int entry = 64 * i + __builtin_ctzll(word);
-        next.entries[next.count++] = static_cast<uint16_t>(entry);
-        updates.template prefetch<false>(begin + position + entry);
-      }
-    }
-    finish_few();
-    waiting = next;
-  }
-  // At most one of these has anything to do: their ranks follow each other.
-  void finish() {
-    finish_few();
-    finish_words();
-    finish_in_place();
-  }
-};
-
-template <Rule kRule, FusedType kType>
-void update_full(const FusedStep& step, const FusedTensor& tensor, int64_t begin, int64_t end) {
-  const Updates<kRule, kType> updates(step, tensor);
-  FullVisitor<kRule, kType> visitor(updates, begin);
-  walk_trainable(tensor.mask, begin, end, visitor);
-  visitor.finish(visitor.waiting);
 }
 
-template <Rule kRule, FusedType kType>
-void update_compact(const FusedStep& step, const FusedTensor& tensor, int64_t begin, int64_t end, int64_t rank) {
-  const Updates<kRule, kType> updates(step, tensor);
-  const bool in_place = count_trainable(tensor.mask, begin, end) > (end - begin) / kInPlace;
-  CompactVisitor<kRule, kType> visitor(updates, begin, rank, in_place);
-  walk_trainable(tensor.mask, begin, end, visitor);
-  visitor.finish();
-}
-
-template <Rule kRule, FusedType kType, typename Index>
-bool update_by_index(const FusedStep& step, const FusedTensor& tensor, const Index* indices, int64_t first,
-                     int64_t last) {
-  using Of = Updates<kRule, kType>;
-  using Entry = typename Of::Entry;
-  constexpr int64_t kAhead = 64;  // entries whose lines are on their way
-  const Of updates(step, tensor);
-  const uint64_t kept = static_cast<uint64_t>(tensor.mask.layout.kept);
-  Entry w[kTogether], g[kTogether], square[kTogether];
-  bool all_fit = true;
-  for (; first < last; first += kTogether) {
-    const int count = static_cast<int>(last - first < kTogether ? last - first : kTogether);
-    const Index* const at = indices + first;
-    bool fit = true;
-    for (int i = 0; i < count; ++i) {
-      const uint64_t entry = static_cast<uint64_t>(at[i]);
-      fit = fit && entry < kept && bit_is_set(tensor.mask.bits, static_cast<int64_t>(entry));
-      if (first + i + kAhead < last && static_cast<uint64_t>(at[i + kAhead]) < kept) {
-        updates.template prefetch<false>(static_cast<int64_t>(at[i + kAhead]));
-      }
-      if (!fit) break;
-      w[i] = updates.variable()[entry];
-      if (updates.gradient() != nullptr) g[i] = updates.gradient()[entry];
-      if (updates.square() != nullptr) square[i] = updates.square()[entry];
-    }
-    if (!fit) {
-      all_fit = false;
-      continue;
-    }
-    const Entry* const gradient = updates.gradient() == nullptr ? nullptr : g;
-    const Entry* const squares = updates.square() == nullptr ? nullptr : square;
-    if (updates.seeds()) updates.seed_run(first, count, gradient, squares);
-    updates.consecutive(w, gradient, squares, first, count);
-    for (int i = 0; i < count; ++i) updates.variable()[at[i]] = w[i];
-  }
-  return all_fit;
-}
-
-template <Rule kRule, FusedType kType>
-bool update_by_any_index(const FusedStep& step, const FusedTensor& tensor, const void* indices, bool wide,
-                         int64_t first, int64_t last) {
-  return wide ? update_by_index<kRule, kType>(step, tensor, static_cast<const int64_t*>(indices), first, last)
-              : update_by_index<kRule, kType>(step, tensor, static_cast<const int32_t*>(indices), first, last);
-}
-
-template <FusedType kType>
-void add_row(void* sum, void* square, const void* row, const void* scale, int64_t width) {
-  using V = Vector<kType>;
+template <typename Isa, Float kType>
+void add_row_of(void* sum, void* square, const void* row, const void* scale, int64_t width) {
+  using V = typename Isa::template Vector<kType>;
   using Entry = typename V::Entry;
   Entry* const to = static_cast<Entry*>(sum);
   Entry* const to_square = static_cast<Entry*>(square);
@@ -588,19 +360,13 @@ void add_row(void* sum, void* square, const void* row, const void* scale, int64_
   }
 }
 
-}  // namespace
-}  // namespace freezeops
+template <typename Isa>
+void add_row(Float type, void* sum, void* square, const void* row, const void* scale, int64_t width) {
+  with_float(type, [&](auto constant) { add_row_of<Isa, decltype(constant)::value>(sum, square, row, scale, width); });
+}
 
-#define FREEZEOPS_FUSED_TYPES(FUNCTION, RULE) \
-  {FUNCTION<RULE, kFloat16>, FUNCTION<RULE, kBfloat16>, FUNCTION<RULE, kFloat32>, FUNCTION<RULE, kFloat64>}
-#define FREEZEOPS_FUSED_RULES(FUNCTION)                                                              \
-  {FREEZEOPS_FUSED_TYPES(FUNCTION, Rule::kSgd),     FREEZEOPS_FUSED_TYPES(FUNCTION, Rule::kAdam),    \
-   FREEZEOPS_FUSED_TYPES(FUNCTION, Rule::kNadam),   FREEZEOPS_FUSED_TYPES(FUNCTION, Rule::kRmsprop), \
-   FREEZEOPS_FUSED_TYPES(FUNCTION, Rule::kAdagrad), FREEZEOPS_FUSED_TYPES(FUNCTION, Rule::kLion)}
-#define FREEZEOPS_DEFINE_FUSED_KERNELS(NAME)                             \
-  const FusedKernels NAME = {FREEZEOPS_FUSED_RULES(update_full),         \
-                             FREEZEOPS_FUSED_RULES(update_compact),      \
-                             FREEZEOPS_FUSED_RULES(update_by_any_index), \
-                             {add_row<kFloat16>, add_row<kBfloat16>, add_row<kFloat32>, add_row<kFloat64>}}
+}  // namespace
+}  // namespace cpu
+}  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_FUSED_KERNELS_H_

@@ -1,82 +1,139 @@
 // The CPU kernels: raw pointers and ranges of entries, no TensorFlow.
 //
 // Every kernel works on the entries [begin, end) of the flattened tensor, so that callers can share the work out among
-// threads. Unless said otherwise data pointers point at entry `begin`. Entries are moved as integers of their width
-// (2, 4 or 8 bytes): no bit of a value that is kept ever changes, and nothing outside the range is read or written.
-//
-// A device twin has the same functions with a stream added and no ranges.
+// threads. Unless said otherwise data pointers point at entry `begin`. `width` is the size of an entry in bytes: 2, 4
+// or
+// 8. Entries are moved as integers of that width: no bit of a value that is kept ever changes, and nothing outside the
+// range is read or written.
 
 #ifndef FREEZEOPS_KERNELS_CPU_KERNELS_H_
 #define FREEZEOPS_KERNELS_CPU_KERNELS_H_
 
 #include <stdint.h>
 
+#include "kernels/common/update_rules.h"
 #include "mask_layout.h"
 
 namespace freezeops {
+namespace cpu {
 
-// What a caller knows about where the data is.
+// Where data is likely to be.
 enum class Residence {
-  kCache,   // small enough that the data may be in the cache
+  kCache,
   kMemory,  // well beyond the cache: whole lines are better written past it
 };
 
-// One set of kernels, compiled for one instruction set. Arrays are indexed by width_index().
-struct KernelTable {
-  const char* isa;
+// One variable of a fused update. All pointers are to whole tensors.
+struct FusedTensor {
+  void* variable;
+  const void* gradient;  // null: zeros
+  const void* square;    // squares of the gradient where they are not those of its entries (repeated rows); else null
+  // In the rule's order; null where the rule has none. Full state: of the variable's size. Compact state: an entry for
+  // each trainable entry of the variable, in order.
+  void* slots[kMostSlots];
+  MaskView mask;
+  uint8_t* unseeded;  // a bit for each entry of a slot, set where it waits to be seeded; null: none waits
+  int64_t unseeded_bytes;
+  bool decays;
+};
 
-  // The number of frozen entries.
+// The seeding of waiting entries, see seed_entry.h. The first slot decides which entries are due.
+struct Seeds {
+  int count;
+  int slots[kMostSlots];  // positions in FusedTensor::slots
+  int powers[kMostSlots];
+  double scales[kMostSlots];
+};
+
+// What the variables of a step share.
+struct FusedStep {
+  RuleFlags flags;
+  const void* scalars;  // kMostScalars of the variables' type
+  Seeds seeds;
+};
+
+// The kernels that move, zero and count entries, compiled for one instruction set.
+struct MaskKernels {
+  // Returns the number of frozen entries.
   int64_t (*count_frozen)(const MaskView& mask, int64_t begin, int64_t end);
 
+  // Returns the number of ones among the mask's bits [begin, end).
+  int64_t (*count_ones)(const uint8_t* bits, int64_t begin, int64_t end);
+
   // Sets the frozen entries of `data` to +0.
-  void (*zero_frozen[3])(void* data, const MaskView& mask, int64_t begin, int64_t end, Residence residence);
+  void (*zero_frozen)(int width, void* data, const MaskView& mask, int64_t begin, int64_t end, Residence residence);
 
   // destination = source where trainable, +0 where frozen. The two must not overlap.
-  void (*copy_and_zero_frozen[3])(void* destination, const void* source, const MaskView& mask, int64_t begin,
-                                  int64_t end);
+  void (*copy_and_zero_frozen)(int width, void* destination, const void* source, const MaskView& mask, int64_t begin,
+                               int64_t end);
 
-  // The number of ones among the mask's bits [begin, end).
-  int64_t (*count_ones)(const uint8_t* bits, int64_t begin, int64_t end);
+  // destination = source at the frozen (or the trainable) entries only.
+  void (*copy_frozen)(int width, void* destination, const void* source, const MaskView& mask, int64_t begin,
+                      int64_t end);
+  void (*copy_trainable)(int width, void* destination, const void* source, const MaskView& mask, int64_t begin,
+                         int64_t end);
 
   // Writes the frozen (or the trainable) entries of `source`, in order, to `destination`, which has room for exactly
   // `count` values, the number of such entries in the range.
-  void (*gather_frozen[3])(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin,
-                           int64_t end);
-  void (*gather_trainable[3])(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin,
-                              int64_t end);
+  void (*gather_frozen)(int width, void* destination, int64_t count, const void* source, const MaskView& mask,
+                        int64_t begin, int64_t end);
+  void (*gather_trainable)(int width, void* destination, int64_t count, const void* source, const MaskView& mask,
+                           int64_t begin, int64_t end);
 
   // gather_trainable from two sources at once, which costs less than twice.
-  void (*gather_two_trainable[3])(void* const destinations[2], int64_t count, const void* const sources[2],
-                                  const MaskView& mask, int64_t begin, int64_t end);
+  void (*gather_two_trainable)(int width, void* const destinations[2], int64_t count, const void* const sources[2],
+                               const MaskView& mask, int64_t begin, int64_t end);
 
   // The reverse: sets the frozen (or the trainable) entries of `destination` from the `count` values at `source`.
-  void (*scatter_frozen[3])(void* destination, const void* source, int64_t count, const MaskView& mask, int64_t begin,
-                            int64_t end);
-  void (*scatter_trainable[3])(void* destination, const void* source, int64_t count, const MaskView& mask,
-                               int64_t begin, int64_t end);
-
-  // destination = source at the frozen (or at the trainable) entries only.
-  void (*copy_frozen[3])(void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end);
-  void (*copy_trainable[3])(void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end);
+  void (*scatter_frozen)(int width, void* destination, const void* source, int64_t count, const MaskView& mask,
+                         int64_t begin, int64_t end);
+  void (*scatter_trainable)(int width, void* destination, const void* source, int64_t count, const MaskView& mask,
+                            int64_t begin, int64_t end);
 };
 
-// The index in the tables above of a width in bytes (2, 4 or 8), or -1.
-FREEZEOPS_INLINE int width_index(int64_t width) { return width == 2 ? 0 : width == 4 ? 1 : width == 8 ? 2 : -1; }
+// The fused updates: one pass over mask bits, gradient, slots and variable. Only trainable entries are written; a word
+// of the mask without one costs a look at that word.
+struct FusedKernels {
+  // Full state: updates the trainable entries among [begin, end).
+  void (*update_full)(UpdateRule rule, Float type, const FusedStep& step, const FusedTensor& tensor, int64_t begin,
+                      int64_t end);
 
-// The fastest kernels that this machine can run, chosen once. The environment variable FREEZEOPS_ISA (avx512, avx2 or
-// generic) asks for a lower set than that; a higher one is ignored.
-const KernelTable& cpu_kernels();
+  // Compact state: likewise; `rank` is the number of trainable entries before `begin`.
+  void (*update_compact)(UpdateRule rule, Float type, const FusedStep& step, const FusedTensor& tensor, int64_t begin,
+                         int64_t end, int64_t rank);
 
-// The sets that were compiled in.
-extern const KernelTable kGenericKernels;
+  // Compact state of a mask of single entries: updates the entries at indices[first] to indices[last - 1]; the slots of
+  // indices[i] are at i. Skips indices whose mask bit is 0; returns false if there was any.
+  bool (*update_by_index)(UpdateRule rule, Float type, const FusedStep& step, const FusedTensor& tensor,
+                          const void* indices, bool wide, int64_t first, int64_t last);
+
+  // sum += row * scale and square += (row * scale)^2, entry by entry.
+  void (*add_row)(Float type, void* sum, void* square, const void* row, const void* scale, int64_t width);
+};
+
+// The kernels of one instruction set.
+struct KernelTable : MaskKernels, FusedKernels {
+  const char* isa;
+};
+
+// Returns the fastest kernels that this machine can run, chosen once. The environment variable FREEZEOPS_ISA (avx512,
+// avx2 or generic) asks for a lower set; a higher one is ignored.
+const KernelTable& kernels();
+
+// The sets that were compiled, each in two files: in one GCC inlines less, and gathers take half as long again.
+extern const MaskKernels kGenericMaskKernels;
+extern const FusedKernels kGenericFusedKernels;
 #if defined(FREEZEOPS_HAVE_X86_KERNELS)
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
+extern const MaskKernels kAvx2MaskKernels;
+extern const FusedKernels kAvx2FusedKernels;
+extern const MaskKernels kAvx512MaskKernels;
+extern const FusedKernels kAvx512FusedKernels;
 #endif
 
-// Whether every bit of the mask is 1; stops at the first that is not.
+// Returns whether every bit of the mask is 1; stops at the first that is not.
 bool all_trainable(const MaskView& mask);
 
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_KERNELS_H_

@@ -1,25 +1,33 @@
-// The kernels, written once over a set of word operations; each instruction set's file includes this after its own.
+// The kernels that move, zero and count entries, written once over the operations of an instruction set.
 //
-// The includer provides, in the anonymous namespace of freezeops,
-//   template <typename U> struct Words   zero, copy, copy_or_zero, compress, expand on 64 entries (see words_scalar.h);
-//   void stream_zero(void*, int64_t)     zeroes bytes past the cache
-//   void stream_fence()                  orders those writes before what follows
+// Isa is a struct (isa_*.h) with
+//
+// - template <typename U> Words: zero, copy, copy_or_zero, compress and expand on 64 entries, see words_scalar.h;
+// - template <Float kType> Vector: vectors of floats, see vectors_scalar.h;
+// - kStreams: whether it can write past the cache. Then stream_zero_line(char*) writes zeros to 64 bytes from a
+// multiple
+//   of 64 on, and stream_fence() orders those writes before what follows.
+//
+// It is in the anonymous namespace of each file that includes it, as all here is: no function compiled for one
+// instruction set can be taken for that of another.
 
 #ifndef FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_
 #define FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_
 
 #include <stdint.h>
 
+#include "kernels/common/dtypes.h"
 #include "kernels/cpu/few_entries.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/mask_walk.h"
 #include "kernels/cpu/words_scalar.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
-// Runs are copied and zeroed in place unless they are at least this long (bytes): where they are short and many, the
-// library's memcpy and memset took twice the time. The files are compiled so that these loops stay loops.
+// Runs of at least this many bytes go to the library's memcpy and memset. Where runs are short and many these took
+// twice the time of a loop here; files are compiled so that the loops stay loops (-fno-tree-loop-distribute-patterns).
 constexpr int64_t kLeastForLibrary = int64_t{1} << 20;
 
 template <typename U>
@@ -43,6 +51,20 @@ FREEZEOPS_INLINE void zero_run(U* data, int64_t length) {
   if (bytes > 0) __builtin_memset(to, 0, bytes);
 }
 
+// Zeroes memory past the cache.
+template <typename Isa>
+FREEZEOPS_INLINE void stream_zero(void* data, int64_t bytes) {
+  char* p = static_cast<char*>(data);
+  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) & 63);
+  if (Isa::kStreams && bytes >= head + 64) {
+    __builtin_memset(p, 0, head);
+    p += head;
+    bytes -= head;
+    for (; bytes >= 64; p += 64, bytes -= 64) Isa::stream_zero_line(p);
+  }
+  __builtin_memset(p, 0, bytes);
+}
+
 template <typename U, int kArrays>
 FREEZEOPS_INLINE void collect_few(FewEntries* few, int64_t position, const uint64_t* block, int words,
                                   const U* const arrays[kArrays]) {
@@ -62,18 +84,18 @@ FREEZEOPS_INLINE void collect_few(FewEntries* few, int64_t position, const uint6
   few->count = count;
 }
 
-template <typename U>
+template <typename Isa, typename U>
 struct ZeroVisitor {
   U* data;
   int64_t least_streamed;  // entries; shorter runs are written through the cache
   void run(int64_t position, int64_t length) {
     if (length >= least_streamed) {
-      stream_zero(data + position, length * static_cast<int64_t>(sizeof(U)));
+      stream_zero<Isa>(data + position, length * static_cast<int64_t>(sizeof(U)));
     } else {
       zero_run(data + position, length);
     }
   }
-  void word(int64_t position, uint64_t selected) { Words<U>::zero(data + position, selected); }
+  void word(int64_t position, uint64_t selected) { Isa::template Words<U>::zero(data + position, selected); }
   void tail(int64_t position, uint64_t selected, int64_t) { ScalarWords<U>::zero_bits(data + position, selected); }
   void few(int64_t position, const uint64_t* block, int count) {
     U nowhere;
@@ -84,7 +106,7 @@ struct ZeroVisitor {
 };
 
 // Sees the frozen entries; what lies between them is copied as it is.
-template <typename U>
+template <typename Isa, typename U>
 struct CopyAndZeroVisitor {
   U* destination;
   const U* source;
@@ -97,7 +119,7 @@ struct CopyAndZeroVisitor {
   }
   void word(int64_t position, uint64_t selected) {
     copy_until(position);
-    Words<U>::copy_or_zero(destination + position, source + position, selected);
+    Isa::template Words<U>::copy_or_zero(destination + position, source + position, selected);
     done = position + 64;
   }
   void tail(int64_t position, uint64_t selected, int64_t length) {
@@ -115,13 +137,13 @@ struct CopyAndZeroVisitor {
 };
 
 // From one or two arrays of one mask.
-template <typename U, int kArrays>
+template <typename Isa, typename U, int kArrays>
 struct GatherVisitor {
   U* destination[kArrays];
   const U* destination_end[kArrays];
   const U* source[kArrays];
   FewEntries waiting;
-  void finish() {
+  FREEZEOPS_METHOD void finish() {
     for (int a = 0; a < kArrays; ++a) {
       const U* from = source[a] + waiting.position;
       for (int i = 0; i < waiting.count; ++i) *destination[a]++ = from[waiting.entries[i]];
@@ -135,11 +157,12 @@ struct GatherVisitor {
       destination[a] += length;
     }
   }
-  void word(int64_t position, uint64_t selected) {
+  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
     finish();
     for (int a = 0; a < kArrays; ++a) {
       prefetch_ahead(source[a] + position);
-      destination[a] = Words<U>::compress(destination[a], destination_end[a], source[a] + position, selected);
+      destination[a] =
+          Isa::template Words<U>::compress(destination[a], destination_end[a], source[a] + position, selected);
     }
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
@@ -156,13 +179,13 @@ struct GatherVisitor {
   }
 };
 
-template <typename U>
+template <typename Isa, typename U>
 struct ScatterVisitor {
   U* destination;
   const U* source;
   const U* source_end;
   FewEntries waiting;
-  void finish() {
+  FREEZEOPS_METHOD void finish() {
     U* to = destination + waiting.position;
     for (int i = 0; i < waiting.count; ++i) to[waiting.entries[i]] = *source++;
     waiting.count = 0;
@@ -172,10 +195,10 @@ struct ScatterVisitor {
     copy_run(destination + position, source, length);
     source += length;
   }
-  void word(int64_t position, uint64_t selected) {
+  FREEZEOPS_METHOD void word(int64_t position, uint64_t selected) {
     finish();
     prefetch_ahead(destination + position);
-    source = Words<U>::expand(destination + position, source, source_end, selected);
+    source = Isa::template Words<U>::expand(destination + position, source, source_end, selected);
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
     finish();
@@ -190,13 +213,13 @@ struct ScatterVisitor {
   }
 };
 
-template <typename U>
+template <typename Isa, typename U>
 struct CopyVisitor {
   U* destination;
   const U* source;
   void run(int64_t position, int64_t length) { copy_run(destination + position, source + position, length); }
   void word(int64_t position, uint64_t selected) {
-    Words<U>::copy(destination + position, source + position, selected);
+    Isa::template Words<U>::copy(destination + position, source + position, selected);
   }
   void tail(int64_t position, uint64_t selected, int64_t) {
     ScalarWords<U>::copy_bits(destination + position, source + position, selected);
@@ -214,81 +237,119 @@ int64_t count_frozen(const MaskView& mask, int64_t begin, int64_t end) {
   return begin < end ? end - begin - count_trainable(mask, begin, end) : 0;
 }
 
-template <typename U>
-void zero_frozen(void* data, const MaskView& mask, int64_t begin, int64_t end, Residence residence) {
+int64_t count_ones(const uint8_t* bits, int64_t begin, int64_t end) {
+  return begin < end ? count_words(PlainBits({bits, {1, end, 1}}, begin), end - begin) : 0;
+}
+
+// The kernels for each width are functions of their own: together in one, GCC inlines less of them.
+
+template <typename Isa, typename U>
+__attribute__((noinline)) void zero_frozen_of(U* data, const MaskView& mask, int64_t begin, int64_t end,
+                                              Residence residence) {
   // Writing past the cache saves reading the lines first, but mixed with ordinary stores to neighbouring lines short
   // pieces of it are several times slower than no such writes at all (measured at 99 % random).
   constexpr int64_t kNever = int64_t{1} << 62;
   const bool in_memory = residence == Residence::kMemory;
   const int64_t least_bytes = mask.layout.inner >= 64 ? 256 : 4096;
-  ZeroVisitor<U> visitor{static_cast<U*>(data), in_memory ? least_bytes / static_cast<int64_t>(sizeof(U)) : kNever};
+  ZeroVisitor<Isa, U> visitor{data, in_memory ? least_bytes / static_cast<int64_t>(sizeof(U)) : kNever};
   walk<false>(mask, begin, end, visitor);
-  if (in_memory) stream_fence();
+  if (Isa::kStreams && in_memory) Isa::stream_fence();
 }
 
-template <typename U>
-void copy_and_zero_frozen(void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
-  CopyAndZeroVisitor<U> visitor{static_cast<U*>(destination), static_cast<const U*>(source)};
+template <typename Isa>
+void zero_frozen(int width, void* data, const MaskView& mask, int64_t begin, int64_t end, Residence residence) {
+  with_width(width,
+             [&](auto zero) { zero_frozen_of<Isa>(static_cast<decltype(zero)*>(data), mask, begin, end, residence); });
+}
+
+template <typename Isa, typename U>
+__attribute__((noinline)) void copy_and_zero_frozen_of(U* destination, const U* source, const MaskView& mask,
+                                                       int64_t begin, int64_t end) {
+  CopyAndZeroVisitor<Isa, U> visitor{destination, source};
   walk<false>(mask, begin, end, visitor);
   visitor.copy_until(end - begin);
 }
 
-int64_t count_ones(const uint8_t* bits, int64_t begin, int64_t end) {
-  return begin < end ? count_words(PlainBits({bits, {1, end, 1}}, begin), end - begin) : 0;
+template <typename Isa>
+void copy_and_zero_frozen(int width, void* destination, const void* source, const MaskView& mask, int64_t begin,
+                          int64_t end) {
+  with_width(width, [&](auto zero) {
+    using U = decltype(zero);
+    copy_and_zero_frozen_of<Isa>(static_cast<U*>(destination), static_cast<const U*>(source), mask, begin, end);
+  });
 }
 
-template <typename U, bool kTrainable>
-void gather(void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
-  U* const first = static_cast<U*>(destination);
-  GatherVisitor<U, 1> visitor{{first}, {first + count}, {static_cast<const U*>(source)}, {}};
+template <typename Isa, bool kTrainable, typename U>
+__attribute__((noinline)) void copy_selected_of(U* destination, const U* source, const MaskView& mask, int64_t begin,
+                                                int64_t end) {
+  CopyVisitor<Isa, U> visitor{destination, source};
+  walk<kTrainable>(mask, begin, end, visitor);
+}
+
+template <typename Isa, bool kTrainable>
+void copy_selected(int width, void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
+  with_width(width, [&](auto zero) {
+    using U = decltype(zero);
+    copy_selected_of<Isa, kTrainable>(static_cast<U*>(destination), static_cast<const U*>(source), mask, begin, end);
+  });
+}
+
+template <typename Isa, bool kTrainable, typename U>
+__attribute__((noinline)) void gather_of(U* destination, int64_t count, const U* source, const MaskView& mask,
+                                         int64_t begin, int64_t end) {
+  GatherVisitor<Isa, U, 1> visitor{{destination}, {destination + count}, {source}, {}};
   walk<kTrainable>(mask, begin, end, visitor);
   visitor.finish();
 }
 
-template <typename U>
-void gather_two(void* const destinations[2], int64_t count, const void* const sources[2], const MaskView& mask,
-                int64_t begin, int64_t end) {
+template <typename Isa, bool kTrainable>
+void gather(int width, void* destination, int64_t count, const void* source, const MaskView& mask, int64_t begin,
+            int64_t end) {
+  with_width(width, [&](auto zero) {
+    using U = decltype(zero);
+    gather_of<Isa, kTrainable>(static_cast<U*>(destination), count, static_cast<const U*>(source), mask, begin, end);
+  });
+}
+
+template <typename Isa, typename U>
+__attribute__((noinline)) void gather_two_of(void* const destinations[2], int64_t count, const void* const sources[2],
+                                             const MaskView& mask, int64_t begin, int64_t end) {
   U* const first = static_cast<U*>(destinations[0]);
   U* const second = static_cast<U*>(destinations[1]);
-  GatherVisitor<U, 2> visitor{{first, second},
-                              {first + count, second + count},
-                              {static_cast<const U*>(sources[0]), static_cast<const U*>(sources[1])},
-                              {}};
+  GatherVisitor<Isa, U, 2> visitor{{first, second},
+                                   {first + count, second + count},
+                                   {static_cast<const U*>(sources[0]), static_cast<const U*>(sources[1])},
+                                   {}};
   walk<true>(mask, begin, end, visitor);
   visitor.finish();
 }
 
-template <typename U, bool kTrainable>
-void scatter(void* destination, const void* source, int64_t count, const MaskView& mask, int64_t begin, int64_t end) {
-  const U* const first = static_cast<const U*>(source);
-  ScatterVisitor<U> visitor{static_cast<U*>(destination), first, first + count, {}};
+template <typename Isa>
+void gather_two(int width, void* const destinations[2], int64_t count, const void* const sources[2],
+                const MaskView& mask, int64_t begin, int64_t end) {
+  with_width(width,
+             [&](auto zero) { gather_two_of<Isa, decltype(zero)>(destinations, count, sources, mask, begin, end); });
+}
+
+template <typename Isa, bool kTrainable, typename U>
+__attribute__((noinline)) void scatter_of(U* destination, const U* source, int64_t count, const MaskView& mask,
+                                          int64_t begin, int64_t end) {
+  ScatterVisitor<Isa, U> visitor{destination, source, source + count, {}};
   walk<kTrainable>(mask, begin, end, visitor);
   visitor.finish();
 }
 
-template <typename U, bool kTrainable>
-void copy_selected(void* destination, const void* source, const MaskView& mask, int64_t begin, int64_t end) {
-  CopyVisitor<U> visitor{static_cast<U*>(destination), static_cast<const U*>(source)};
-  walk<kTrainable>(mask, begin, end, visitor);
+template <typename Isa, bool kTrainable>
+void scatter(int width, void* destination, const void* source, int64_t count, const MaskView& mask, int64_t begin,
+             int64_t end) {
+  with_width(width, [&](auto zero) {
+    using U = decltype(zero);
+    scatter_of<Isa, kTrainable>(static_cast<U*>(destination), static_cast<const U*>(source), count, mask, begin, end);
+  });
 }
 
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
-
-#define FREEZEOPS_DEFINE_KERNEL_TABLE(NAME, ISA)                                                        \
-  const KernelTable NAME = {                                                                            \
-      ISA,                                                                                              \
-      count_frozen,                                                                                     \
-      {zero_frozen<uint16_t>, zero_frozen<uint32_t>, zero_frozen<uint64_t>},                            \
-      {copy_and_zero_frozen<uint16_t>, copy_and_zero_frozen<uint32_t>, copy_and_zero_frozen<uint64_t>}, \
-      count_ones,                                                                                       \
-      {gather<uint16_t, false>, gather<uint32_t, false>, gather<uint64_t, false>},                      \
-      {gather<uint16_t, true>, gather<uint32_t, true>, gather<uint64_t, true>},                         \
-      {gather_two<uint16_t>, gather_two<uint32_t>, gather_two<uint64_t>},                               \
-      {scatter<uint16_t, false>, scatter<uint32_t, false>, scatter<uint64_t, false>},                   \
-      {scatter<uint16_t, true>, scatter<uint32_t, true>, scatter<uint64_t, true>},                      \
-      {copy_selected<uint16_t, false>, copy_selected<uint32_t, false>, copy_selected<uint64_t, false>}, \
-      {copy_selected<uint16_t, true>, copy_selected<uint32_t, true>, copy_selected<uint64_t, true>},    \
-  }
 
 #endif  // FREEZEOPS_KERNELS_CPU_MASK_KERNELS_H_

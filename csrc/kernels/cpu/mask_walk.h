@@ -22,6 +22,7 @@
 #endif
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 FREEZEOPS_INLINE uint64_t deposit_bits(uint64_t source, uint64_t positions) {
@@ -290,6 +291,7 @@ FREEZEOPS_INLINE int64_t count_trainable(const MaskView& mask, int64_t begin, in
 }
 
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_MASK_WALK_H_

@@ -1,4 +1,4 @@
-// Fused updates on the CPU: how the variables of a step are shared out among threads.
+// Updates the variables of a step in parallel (fused updates).
 //
 // Not for files that are compiled for different instruction sets: it uses the standard library.
 
@@ -12,36 +12,38 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cpu/fused.h"
+#include "kernels/common/dtypes.h"
+#include "kernels/common/update_rules.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/parallel_compact.h"
 
 namespace freezeops {
+namespace cpu {
 
-// A gradient that names some rows of a variable: those of tf.IndexedSlices.
+// A gradient for some rows of a variable, as in tf.IndexedSlices.
 struct Slices {
   const void* values;   // [count, width]
-  const int64_t* rows;  // those that the variable has not are passed over
+  const int64_t* rows;  // rows out of range are skipped
   int64_t count;
   int64_t width;
 };
 
-// One variable of a step, with what is known of its mask in compact state.
+// One variable of a step.
 struct FusedVariable {
   FusedTensor tensor;
-  const int64_t* offsets;    // of compact state, see TrainableParts; null in full state
+  const int64_t* offsets;    // compact state: see ParallelCompact; null in full state
   TrainableIndices indices;  // likewise
   int64_t capacity;
-  const Slices* slices;  // instead of tensor.gradient; null: there are none
+  const Slices* slices;  // instead of tensor.gradient; null: the gradient is dense
 };
 
-// All variables of a step, updated in pieces that the threads take one after the other: many small variables go
-// together, large ones are split, and whoever comes upon frozen entries takes the next piece sooner.
-class FusedParts {
+// Updates variables in pieces that threads take one after the other: small variables share a batch, large ones are
+// split, and a thread whose piece is mostly frozen takes the next one sooner.
+class ParallelFused {
  public:
-  // `scalars` are those of the rule, of the variables' type.
-  FusedParts(const NamedRule& rule, FusedType type, const void* scalars, const Seeds& seeds, int64_t threads,
-             ParallelForFunction parallel_for)
+  // `scalars`: the rule's scalars, of the variables' type.
+  ParallelFused(const NamedRule& rule, Float type, const void* scalars, const Seeds& seeds, int64_t threads,
+                ParallelForFunction parallel_for)
       : rule_(rule.rule), type_(type), threads_(threads), parallel_for_(std::move(parallel_for)) {
     std::memcpy(scalars_, scalars, rule.scalars * width());
     std::memcpy(scalars_of_scaled_, scalars_, sizeof(scalars_));
@@ -49,11 +51,11 @@ class FusedParts {
     step_ = {rule.flags, scalars_, seeds};
     step_of_scaled_ = {rule.flags, scalars_of_scaled_, seeds};
   }
-  FusedParts(const FusedParts&) = delete;
-  FusedParts& operator=(const FusedParts&) = delete;
+  ParallelFused(const ParallelFused&) = delete;
+  ParallelFused& operator=(const ParallelFused&) = delete;
 
-  // Returns whether the offsets and indices of each were those of its mask. Nothing was written if they can be seen not
-  // to be; single indices that are not are found out later, and no entry is written that is not trainable.
+  // Updates all variables. Returns false where offsets or indices are not those of the mask: then nothing was written,
+  // or, where single indices are wrong, no entry that is not trainable.
   bool Update(const std::vector<FusedVariable>& variables) {
     for (const FusedVariable& variable : variables) {
       if (variable.offsets != nullptr && !CheckRanks(variable)) return false;
@@ -102,26 +104,26 @@ class FusedParts {
   }
 
  private:
-  // What a thread takes at once, in entries: large beside the cost of taking it, and in the cache of one core.
+  // Entries of a piece: many against the cost of taking one, few enough for the cache of one core.
   static constexpr int64_t kPieceEntries = 32768;
 
   struct Piece {
     const FusedVariable* variable;
-    int64_t begin, end;  // entries; or trainable ones, by index
+    int64_t begin, end;  // entries; by index: trainable entries
     const char* gradient;
     const char* square;
     bool by_index;
   };
 
-  // Sums of the slices of each row that is named.
+  // The sums of slices, row by row.
   struct Rows {
-    std::vector<int64_t> names;  // ascending
+    std::vector<int64_t> names;  // of the rows that have slices, ascending
     std::vector<char> sums, squares;
   };
 
-  int64_t width() const { return type_ == kFloat64 ? 8 : type_ == kFloat32 ? 4 : 2; }
+  int64_t width() const { return width_of(type_); }
 
-  // Whether entries are found by their indices and not by the bits. That is faster as long as a word has few.
+  // Returns whether entries are found by their indices and not by the bits, which is faster below a density of 1/4.
   static bool ByIndex(const FusedVariable& variable) {
     if (variable.offsets == nullptr || variable.slices != nullptr) return false;
     const MaskLayout& layout = variable.tensor.mask.layout;
@@ -132,8 +134,8 @@ class FusedParts {
     return variable.offsets[rank_blocks(variable.tensor.mask.layout.kept)];
   }
 
-  // Whether the offsets are the ranks of the mask's blocks; and, where entries are found by their indices, whether the
-  // first one of each block is a one in it.
+  // Returns whether the offsets are the ranks of the mask's blocks and, where entries are found by their indices,
+  // whether the first index of each block is that of a one in it.
   bool CheckRanks(const FusedVariable& variable) const {
     const MaskView& mask = variable.tensor.mask;
     const int64_t kept = mask.layout.kept;
@@ -147,7 +149,7 @@ class FusedParts {
       for (int64_t block = first; block < last; ++block) {
         const int64_t begin = block * kRankBlockBits;
         const int64_t end = std::min(begin + kRankBlockBits, kept);
-        const int64_t ones = cpu_kernels().count_ones(mask.bits, begin, end);
+        const int64_t ones = kernels().count_ones(mask.bits, begin, end);
         const int64_t rank = offsets[block];
         fit = fit && rank >= 0 && rank <= variable.capacity - ones && offsets[block + 1] == rank + ones;
         if (!fit || !by_index || ones == 0) continue;
@@ -168,7 +170,8 @@ class FusedParts {
     Split(variable, 0, count, gradient, nullptr, by_index, pieces);
   }
 
-  // Pieces end at multiples of 64 entries where they can, so that threads share no line of an aligned tensor.
+  // Splits [begin, end) into pieces. They end at multiples of 64 entries where they can, so that threads share no line
+  // of an aligned tensor.
   void Split(const FusedVariable& variable, int64_t begin, int64_t end, const char* gradient, const char* square,
              bool by_index, std::vector<Piece>* pieces) const {
     for (int64_t first = begin; first < end;) {
@@ -178,7 +181,7 @@ class FusedParts {
     }
   }
 
-  // `size`: the variable's entries.
+  // Sums slices. `size`: the variable's entries.
   Rows SumRows(const Slices& slices, int64_t size) const {
     std::vector<std::pair<int64_t, int64_t>> order;
     order.reserve(slices.count);
@@ -199,13 +202,13 @@ class FusedParts {
     first.push_back(count);
     rows.sums.resize(named * bytes);
     rows.squares.resize(named * bytes);
-    const auto add = fused_kernels().add_row[type_];
+    const auto add = kernels().add_row;
     const char* const values = static_cast<const char*>(slices.values);
     parallel_for_(named, slices.width, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t i = first[row]; i < first[row + 1]; ++i) {
-          add(rows.sums.data() + row * bytes, rows.squares.data() + row * bytes, values + order[i].second * bytes,
-              Scale(), slices.width);
+          add(type_, rows.sums.data() + row * bytes, rows.squares.data() + row * bytes,
+              values + order[i].second * bytes, Scale(), slices.width);
         }
       }
     });
@@ -213,17 +216,17 @@ class FusedParts {
   }
 
   // Keras's SGD multiplies slices by the learning rate before it sums them.
-  const void* Scale() const { return rule_ == Rule::kSgd ? scalars_ + kRate * width() : One(); }
+  const void* Scale() const { return rule_ == UpdateRule::kSgd ? scalars_ + kRate * width() : One(); }
   const FusedStep& StepOf(const FusedVariable& variable) const {
-    return rule_ == Rule::kSgd && variable.slices != nullptr ? step_of_scaled_ : step_;
+    return rule_ == UpdateRule::kSgd && variable.slices != nullptr ? step_of_scaled_ : step_;
   }
 
   const void* One() const {
     static const uint16_t half = 0x3c00, bfloat16 = 0x3f80;
     static const float single = 1.0f;
     static const double wide = 1.0;
-    const void* const ones[kFusedTypes] = {&half, &bfloat16, &single, &wide};
-    return ones[type_];
+    const void* const ones[] = {&half, &bfloat16, &single, &wide};
+    return ones[static_cast<int>(type_)];
   }
 
   void AddRows(const FusedVariable& variable, const Rows& rows, std::vector<Piece>* pieces) const {
@@ -233,7 +236,7 @@ class FusedParts {
       const int64_t begin = rows.names[i] * row_width;
       Split(variable, done, begin, nullptr, nullptr, false, pieces);
       done = begin + row_width;
-      // As if the whole gradient were there.
+      // Pointers as if the whole gradient were there.
       const int64_t shift = (static_cast<int64_t>(i) * row_width - begin) * width();
       Split(variable, begin, done, rows.sums.data() + shift, rows.squares.data() + shift, false, pieces);
     }
@@ -244,18 +247,17 @@ class FusedParts {
     FusedTensor tensor = piece.variable->tensor;
     tensor.gradient = piece.gradient;
     tensor.square = piece.square;
-    const FusedKernels& kernels = fused_kernels();
-    const int rule = static_cast<int>(rule_);
+    const KernelTable& table = kernels();
     const FusedStep& step = StepOf(*piece.variable);
     if (piece.variable->offsets == nullptr) {
-      kernels.full[rule][type_](step, tensor, piece.begin, piece.end);
+      table.update_full(rule_, type_, step, tensor, piece.begin, piece.end);
       return true;
     }
     if (piece.by_index) {
       const TrainableIndices& indices = piece.variable->indices;
-      return kernels.by_index[rule][type_](step, tensor, indices.data, indices.wide, piece.begin, piece.end);
+      return table.update_by_index(rule_, type_, step, tensor, indices.data, indices.wide, piece.begin, piece.end);
     }
-    kernels.compact[rule][type_](step, tensor, piece.begin, piece.end, RankOfEntry(*piece.variable, piece.begin));
+    table.update_compact(rule_, type_, step, tensor, piece.begin, piece.end, RankOfEntry(*piece.variable, piece.begin));
     return true;
   }
 
@@ -268,8 +270,8 @@ class FusedParts {
     return within > 0 && bit_is_set(mask.bits, bit) ? before + within : before;
   }
 
-  Rule rule_;
-  FusedType type_;
+  UpdateRule rule_;
+  Float type_;
   int64_t threads_;
   ParallelForFunction parallel_for_;
   alignas(8) char scalars_[kMostScalars * 8] = {};
@@ -278,6 +280,7 @@ class FusedParts {
   FusedStep step_of_scaled_;
 };
 
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_PARALLEL_FUSED_H_

@@ -9,6 +9,7 @@
 #include "kernels/common/vectors_scalar.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 // All bits set in the lanes of the set bits.
@@ -24,12 +25,12 @@ FREEZEOPS_INLINE void store_blended(void* entries, uint32_t lanes, __m128i value
   _mm_storeu_si128(to, _mm_blendv_epi8(_mm_loadu_si128(to), values, mask));
 }
 
-// How entries become floats and back, and what a float is rounded to after each operation.
-template <FusedType kType>
+// Conversion of entries to floats and back; `rounded` is applied after each operation.
+template <Float kType>
 struct Format8;
 
 template <>
-struct Format8<kFloat32> {
+struct Format8<Float::kFloat32> {
   static __m256 load(const void* entries) { return _mm256_loadu_ps(static_cast<const float*>(entries)); }
   static void store(void* entries, __m256 values) { _mm256_storeu_ps(static_cast<float*>(entries), values); }
   static void store(void* entries, uint32_t lanes, __m256 values) {
@@ -39,7 +40,7 @@ struct Format8<kFloat32> {
 };
 
 template <>
-struct Format8<kFloat16> {
+struct Format8<Float::kFloat16> {
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT;
   static __m256 load(const void* entries) {
     return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(entries)));
@@ -54,7 +55,7 @@ struct Format8<kFloat16> {
 };
 
 template <>
-struct Format8<kBfloat16> {
+struct Format8<Float::kBfloat16> {
   static __m256 load(const void* entries) {
     const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(entries));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
@@ -80,31 +81,31 @@ struct Format8<kBfloat16> {
   }
 };
 
-template <FusedType kType>
-struct Vector {
+template <Float kType>
+struct Avx2Vector {
   using Entry = typename EntryOf<kType>::Type;
   using Format = Format8<kType>;
   static constexpr int kLanes = 8;
   static constexpr bool kExpands = false;
   __m256 values;
 
-  static Vector of(__m256 values) { return {Format::rounded(values)}; }
-  static Vector set(Entry entry) { return {_mm256_set1_ps(static_cast<float>(entry))}; }
-  static Vector load(const Entry* entries) { return {Format::load(entries)}; }
+  static Avx2Vector of(__m256 values) { return {Format::rounded(values)}; }
+  static Avx2Vector set(Entry entry) { return {_mm256_set1_ps(static_cast<float>(entry))}; }
+  static Avx2Vector load(const Entry* entries) { return {Format::load(entries)}; }
   void store(Entry* entries) const { Format::store(entries, values); }
   void store(Entry* entries, uint32_t lanes) const { Format::store(entries, lanes, values); }
 
-  friend Vector operator+(Vector a, Vector b) { return of(_mm256_add_ps(a.values, b.values)); }
-  friend Vector operator-(Vector a, Vector b) { return of(_mm256_sub_ps(a.values, b.values)); }
-  friend Vector operator*(Vector a, Vector b) { return of(_mm256_mul_ps(a.values, b.values)); }
-  friend Vector operator/(Vector a, Vector b) { return of(_mm256_div_ps(a.values, b.values)); }
-  friend Vector square_root(Vector a) { return of(_mm256_sqrt_ps(a.values)); }
+  friend Avx2Vector operator+(Avx2Vector a, Avx2Vector b) { return of(_mm256_add_ps(a.values, b.values)); }
+  friend Avx2Vector operator-(Avx2Vector a, Avx2Vector b) { return of(_mm256_sub_ps(a.values, b.values)); }
+  friend Avx2Vector operator*(Avx2Vector a, Avx2Vector b) { return of(_mm256_mul_ps(a.values, b.values)); }
+  friend Avx2Vector operator/(Avx2Vector a, Avx2Vector b) { return of(_mm256_div_ps(a.values, b.values)); }
+  friend Avx2Vector square_root(Avx2Vector a) { return of(_mm256_sqrt_ps(a.values)); }
   // NaN wherever one of the two is: the processor takes the second one then.
-  friend Vector maximum(Vector a, Vector b) {
+  friend Avx2Vector maximum(Avx2Vector a, Avx2Vector b) {
     const __m256 larger = _mm256_max_ps(a.values, b.values);
     return {_mm256_blendv_ps(larger, a.values, _mm256_cmp_ps(a.values, a.values, _CMP_UNORD_Q))};
   }
-  friend Vector sign_of(Vector a) {
+  friend Avx2Vector sign_of(Avx2Vector a) {
     const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1.0f), minus_one = _mm256_set1_ps(-1.0f);
     __m256 sign = _mm256_blendv_ps(a.values, zero, _mm256_cmp_ps(a.values, zero, _CMP_EQ_OQ));
     sign = _mm256_blendv_ps(sign, one, _mm256_cmp_ps(a.values, zero, _CMP_GT_OQ));
@@ -113,14 +114,14 @@ struct Vector {
 };
 
 template <>
-struct Vector<kFloat64> {
+struct Avx2Vector<Float::kFloat64> {
   using Entry = double;
   static constexpr int kLanes = 4;
   static constexpr bool kExpands = false;
   __m256d values;
 
-  static Vector set(double entry) { return {_mm256_set1_pd(entry)}; }
-  static Vector load(const double* entries) { return {_mm256_loadu_pd(entries)}; }
+  static Avx2Vector set(double entry) { return {_mm256_set1_pd(entry)}; }
+  static Avx2Vector load(const double* entries) { return {_mm256_loadu_pd(entries)}; }
   void store(double* entries) const { _mm256_storeu_pd(entries, values); }
   void store(double* entries, uint32_t lanes) const {
     const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
@@ -129,16 +130,16 @@ struct Vector<kFloat64> {
     _mm256_maskstore_pd(entries, mask, values);
   }
 
-  friend Vector operator+(Vector a, Vector b) { return {_mm256_add_pd(a.values, b.values)}; }
-  friend Vector operator-(Vector a, Vector b) { return {_mm256_sub_pd(a.values, b.values)}; }
-  friend Vector operator*(Vector a, Vector b) { return {_mm256_mul_pd(a.values, b.values)}; }
-  friend Vector operator/(Vector a, Vector b) { return {_mm256_div_pd(a.values, b.values)}; }
-  friend Vector square_root(Vector a) { return {_mm256_sqrt_pd(a.values)}; }
-  friend Vector maximum(Vector a, Vector b) {
+  friend Avx2Vector operator+(Avx2Vector a, Avx2Vector b) { return {_mm256_add_pd(a.values, b.values)}; }
+  friend Avx2Vector operator-(Avx2Vector a, Avx2Vector b) { return {_mm256_sub_pd(a.values, b.values)}; }
+  friend Avx2Vector operator*(Avx2Vector a, Avx2Vector b) { return {_mm256_mul_pd(a.values, b.values)}; }
+  friend Avx2Vector operator/(Avx2Vector a, Avx2Vector b) { return {_mm256_div_pd(a.values, b.values)}; }
+  friend Avx2Vector square_root(Avx2Vector a) { return {_mm256_sqrt_pd(a.values)}; }
+  friend Avx2Vector maximum(Avx2Vector a, Avx2Vector b) {
     const __m256d larger = _mm256_max_pd(a.values, b.values);
     return {_mm256_blendv_pd(larger, a.values, _mm256_cmp_pd(a.values, a.values, _CMP_UNORD_Q))};
   }
-  friend Vector sign_of(Vector a) {
+  friend Avx2Vector sign_of(Avx2Vector a) {
     const __m256d zero = _mm256_setzero_pd(), one = _mm256_set1_pd(1.0), minus_one = _mm256_set1_pd(-1.0);
     __m256d sign = _mm256_blendv_pd(a.values, zero, _mm256_cmp_pd(a.values, zero, _CMP_EQ_OQ));
     sign = _mm256_blendv_pd(sign, one, _mm256_cmp_pd(a.values, zero, _CMP_GT_OQ));
@@ -147,6 +148,7 @@ struct Vector<kFloat64> {
 };
 
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_VECTORS_AVX2_H_

@@ -9,14 +9,15 @@
 #include "kernels/common/vectors_scalar.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
-// How entries become floats and back, and what a float is rounded to after each operation.
-template <FusedType kType>
+// Conversion of entries to floats and back; `rounded` is applied after each operation.
+template <Float kType>
 struct Format16;
 
 template <>
-struct Format16<kFloat32> {
+struct Format16<Float::kFloat32> {
   static __m512 load(const void* entries) { return _mm512_loadu_ps(entries); }
   static __m512 expand(const void* entries, __mmask16 lanes, __mmask16 first) {
     return _mm512_maskz_expand_ps(lanes, _mm512_maskz_loadu_ps(first, entries));
@@ -29,7 +30,7 @@ struct Format16<kFloat32> {
   static __m512 rounded(__m512 values) { return values; }
 };
 
-// The same for what is stored in 16 bits.
+// expand and compress for 16-bit entries.
 inline __m256i expand_halves(const void* entries, __mmask16 lanes, __mmask16 first) {
   return _mm256_maskz_expand_epi16(lanes, _mm256_maskz_loadu_epi16(first, entries));
 }
@@ -38,7 +39,7 @@ inline void compress_halves(void* entries, __mmask16 lanes, __m256i values) {
 }
 
 template <>
-struct Format16<kFloat16> {
+struct Format16<Float::kFloat16> {
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   static __m512 load(const void* entries) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(entries)));
@@ -61,7 +62,7 @@ struct Format16<kFloat16> {
 };
 
 template <>
-struct Format16<kBfloat16> {
+struct Format16<Float::kBfloat16> {
   static __m512 widened(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
@@ -92,20 +93,20 @@ struct Format16<kBfloat16> {
   }
 };
 
-template <FusedType kType>
-struct Vector {
+template <Float kType>
+struct Avx512Vector {
   using Entry = typename EntryOf<kType>::Type;
   using Format = Format16<kType>;
   static constexpr int kLanes = 16;
   static constexpr bool kExpands = true;
   __m512 values;
 
-  static Vector of(__m512 values) { return {Format::rounded(values)}; }
-  static Vector set(Entry entry) { return {_mm512_set1_ps(static_cast<float>(entry))}; }
-  static Vector load(const Entry* entries) { return {Format::load(entries)}; }
+  static Avx512Vector of(__m512 values) { return {Format::rounded(values)}; }
+  static Avx512Vector set(Entry entry) { return {_mm512_set1_ps(static_cast<float>(entry))}; }
+  static Avx512Vector load(const Entry* entries) { return {Format::load(entries)}; }
   void store(Entry* entries) const { Format::store(entries, values); }
   void store(Entry* entries, uint32_t lanes) const { Format::store(entries, static_cast<__mmask16>(lanes), values); }
-  static Vector expand(const Entry* entries, uint32_t lanes) {
+  static Avx512Vector expand(const Entry* entries, uint32_t lanes) {
     const uint32_t first = _bzhi_u32(~0u, _mm_popcnt_u32(lanes));
     return {Format::expand(entries, static_cast<__mmask16>(lanes), static_cast<__mmask16>(first))};
   }
@@ -113,17 +114,17 @@ struct Vector {
     Format::compress(entries, static_cast<__mmask16>(lanes), values);
   }
 
-  friend Vector operator+(Vector a, Vector b) { return of(_mm512_add_ps(a.values, b.values)); }
-  friend Vector operator-(Vector a, Vector b) { return of(_mm512_sub_ps(a.values, b.values)); }
-  friend Vector operator*(Vector a, Vector b) { return of(_mm512_mul_ps(a.values, b.values)); }
-  friend Vector operator/(Vector a, Vector b) { return of(_mm512_div_ps(a.values, b.values)); }
-  friend Vector square_root(Vector a) { return of(_mm512_sqrt_ps(a.values)); }
+  friend Avx512Vector operator+(Avx512Vector a, Avx512Vector b) { return of(_mm512_add_ps(a.values, b.values)); }
+  friend Avx512Vector operator-(Avx512Vector a, Avx512Vector b) { return of(_mm512_sub_ps(a.values, b.values)); }
+  friend Avx512Vector operator*(Avx512Vector a, Avx512Vector b) { return of(_mm512_mul_ps(a.values, b.values)); }
+  friend Avx512Vector operator/(Avx512Vector a, Avx512Vector b) { return of(_mm512_div_ps(a.values, b.values)); }
+  friend Avx512Vector square_root(Avx512Vector a) { return of(_mm512_sqrt_ps(a.values)); }
   // NaN wherever one of the two is: the processor takes the second one then.
-  friend Vector maximum(Vector a, Vector b) {
+  friend Avx512Vector maximum(Avx512Vector a, Avx512Vector b) {
     const __mmask16 first = _mm512_cmp_ps_mask(a.values, a.values, _CMP_UNORD_Q);
     return {_mm512_mask_mov_ps(_mm512_max_ps(a.values, b.values), first, a.values)};
   }
-  friend Vector sign_of(Vector a) {
+  friend Avx512Vector sign_of(Avx512Vector a) {
     const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
     __m512 sign = _mm512_mask_mov_ps(a.values, _mm512_cmp_ps_mask(a.values, zero, _CMP_EQ_OQ), zero);
     sign = _mm512_mask_mov_ps(sign, _mm512_cmp_ps_mask(a.values, zero, _CMP_GT_OQ), one);
@@ -132,19 +133,19 @@ struct Vector {
 };
 
 template <>
-struct Vector<kFloat64> {
+struct Avx512Vector<Float::kFloat64> {
   using Entry = double;
   static constexpr int kLanes = 8;
   static constexpr bool kExpands = true;
   __m512d values;
 
-  static Vector set(double entry) { return {_mm512_set1_pd(entry)}; }
-  static Vector load(const double* entries) { return {_mm512_loadu_pd(entries)}; }
+  static Avx512Vector set(double entry) { return {_mm512_set1_pd(entry)}; }
+  static Avx512Vector load(const double* entries) { return {_mm512_loadu_pd(entries)}; }
   void store(double* entries) const { _mm512_storeu_pd(entries, values); }
   void store(double* entries, uint32_t lanes) const {
     _mm512_mask_storeu_pd(entries, static_cast<__mmask8>(lanes), values);
   }
-  static Vector expand(const double* entries, uint32_t lanes) {
+  static Avx512Vector expand(const double* entries, uint32_t lanes) {
     const uint32_t first = _bzhi_u32(~0u, _mm_popcnt_u32(lanes));
     const __m512d loaded = _mm512_maskz_loadu_pd(static_cast<__mmask8>(first), entries);
     return {_mm512_maskz_expand_pd(static_cast<__mmask8>(lanes), loaded)};
@@ -153,16 +154,16 @@ struct Vector<kFloat64> {
     _mm512_storeu_pd(entries, _mm512_maskz_compress_pd(static_cast<__mmask8>(lanes), values));
   }
 
-  friend Vector operator+(Vector a, Vector b) { return {_mm512_add_pd(a.values, b.values)}; }
-  friend Vector operator-(Vector a, Vector b) { return {_mm512_sub_pd(a.values, b.values)}; }
-  friend Vector operator*(Vector a, Vector b) { return {_mm512_mul_pd(a.values, b.values)}; }
-  friend Vector operator/(Vector a, Vector b) { return {_mm512_div_pd(a.values, b.values)}; }
-  friend Vector square_root(Vector a) { return {_mm512_sqrt_pd(a.values)}; }
-  friend Vector maximum(Vector a, Vector b) {
+  friend Avx512Vector operator+(Avx512Vector a, Avx512Vector b) { return {_mm512_add_pd(a.values, b.values)}; }
+  friend Avx512Vector operator-(Avx512Vector a, Avx512Vector b) { return {_mm512_sub_pd(a.values, b.values)}; }
+  friend Avx512Vector operator*(Avx512Vector a, Avx512Vector b) { return {_mm512_mul_pd(a.values, b.values)}; }
+  friend Avx512Vector operator/(Avx512Vector a, Avx512Vector b) { return {_mm512_div_pd(a.values, b.values)}; }
+  friend Avx512Vector square_root(Avx512Vector a) { return {_mm512_sqrt_pd(a.values)}; }
+  friend Avx512Vector maximum(Avx512Vector a, Avx512Vector b) {
     const __mmask8 first = _mm512_cmp_pd_mask(a.values, a.values, _CMP_UNORD_Q);
     return {_mm512_mask_mov_pd(_mm512_max_pd(a.values, b.values), first, a.values)};
   }
-  friend Vector sign_of(Vector a) {
+  friend Avx512Vector sign_of(Avx512Vector a) {
     const __m512d zero = _mm512_setzero_pd(), one = _mm512_set1_pd(1.0);
     __m512d sign = _mm512_mask_mov_pd(a.values, _mm512_cmp_pd_mask(a.values, zero, _CMP_EQ_OQ), zero);
     sign = _mm512_mask_mov_pd(sign, _mm512_cmp_pd_mask(a.values, zero, _CMP_GT_OQ), one);
@@ -171,6 +172,7 @@ struct Vector<kFloat64> {
 };
 
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_VECTORS_AVX512_H_

@@ -1,4 +1,4 @@
-// What the kernels do with a word of 64 entries with AVX2, BMI and BMI2: its bits become lane masks, values are AND-ed
+// Operations on words of 64 entries with AVX2, BMI and BMI2: bits become lane masks, values are AND-ed
 // or blended.
 
 #ifndef FREEZEOPS_KERNELS_CPU_WORDS_AVX2_H_
@@ -9,15 +9,16 @@
 #include "kernels/cpu/words_scalar.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 template <int kWidth>
-struct Lanes;
+struct Avx2Lanes;
 
 template <>
-struct Lanes<2> {
+struct Avx2Lanes<2> {
   static constexpr int kCount = 16;
-  static __m256i mask(uint64_t bits) {
+  static FREEZEOPS_METHOD __m256i mask(uint64_t bits) {
     const __m256i lane_bits = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
                                                 static_cast<int16_t>(0x8000));
     const __m256i all = _mm256_set1_epi16(static_cast<int16_t>(bits));
@@ -26,9 +27,9 @@ struct Lanes<2> {
 };
 
 template <>
-struct Lanes<4> {
+struct Avx2Lanes<4> {
   static constexpr int kCount = 8;
-  static __m256i mask(uint64_t bits) {
+  static FREEZEOPS_METHOD __m256i mask(uint64_t bits) {
     const __m256i lane_bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(bits));
     return _mm256_cmpeq_epi32(_mm256_and_si256(all, lane_bits), lane_bits);
@@ -36,9 +37,9 @@ struct Lanes<4> {
 };
 
 template <>
-struct Lanes<8> {
+struct Avx2Lanes<8> {
   static constexpr int kCount = 4;
-  static __m256i mask(uint64_t bits) {
+  static FREEZEOPS_METHOD __m256i mask(uint64_t bits) {
     const __m256i lane_bits = _mm256_setr_epi64x(1, 2, 4, 8);
     const __m256i all = _mm256_set1_epi64x(static_cast<int64_t>(bits));
     return _mm256_cmpeq_epi64(_mm256_and_si256(all, lane_bits), lane_bits);
@@ -56,50 +57,32 @@ FREEZEOPS_INLINE void store(U* data, __m256i value) {
 }
 
 template <typename U>
-struct Words : ScalarWords<U> {
-  using L = Lanes<sizeof(U)>;
+struct Avx2Words : ScalarWords<U> {
+  using L = Avx2Lanes<sizeof(U)>;
 
-  static void zero(U* data, uint64_t selected) {
+  static FREEZEOPS_METHOD void zero(U* data, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) return ScalarWords<U>::zero_bits(data, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       store(data + i, _mm256_andnot_si256(L::mask(selected >> i), load(data + i)));
     }
   }
 
-  static void copy(U* destination, const U* source, uint64_t selected) {
+  static FREEZEOPS_METHOD void copy(U* destination, const U* source, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) return ScalarWords<U>::copy_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       store(destination + i, _mm256_blendv_epi8(load(destination + i), load(source + i), L::mask(selected >> i)));
     }
   }
 
-  static void copy_or_zero(U* destination, const U* source, uint64_t zeroed) {
+  static FREEZEOPS_METHOD void copy_or_zero(U* destination, const U* source, uint64_t zeroed) {
     for (int i = 0; i < 64; i += L::kCount) {
       store(destination + i, _mm256_andnot_si256(L::mask(zeroed >> i), load(source + i)));
     }
   }
 };
 
-FREEZEOPS_INLINE void stream_zero(void* data, int64_t bytes) {
-  char* p = static_cast<char*>(data);
-  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) & 63);
-  if (bytes < head + 64) {
-    __builtin_memset(p, 0, bytes);
-    return;
-  }
-  __builtin_memset(p, 0, head);
-  p += head;
-  bytes -= head;
-  const __m256i zero = _mm256_setzero_si256();
-  for (; bytes >= 64; p += 64, bytes -= 64) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), zero);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 32), zero);
-  }
-  __builtin_memset(p, 0, bytes);
-}
-FREEZEOPS_INLINE void stream_fence() { _mm_sfence(); }
-
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_WORDS_AVX2_H_

@@ -1,4 +1,4 @@
-// What the kernels do with a word of 64 entries with AVX-512 (F, BW, DQ, VL, VBMI2): its bits are lane masks as they
+// Operations on words of 64 entries with AVX-512 (F, BW, DQ, VL, VBMI2): bits are lane masks as they
 // are.
 //
 // Compress and expand stay in registers: their forms that write to memory are microcoded and slow on some processors.
@@ -11,50 +11,63 @@
 #include "kernels/cpu/words_scalar.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 // Below this many selected entries a loop over them beats compressing or expanding all 64.
 constexpr int kFewToMove = 3;
 
 template <int kWidth>
-struct Lanes;
+struct Avx512Lanes;
 
 template <>
-struct Lanes<2> {
+struct Avx512Lanes<2> {
   using Mask = __mmask32;
   static constexpr int kCount = 32;
-  static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi16(mask, data); }
-  static void store(void* data, Mask mask, __m512i value) { _mm512_mask_storeu_epi16(data, mask, value); }
-  static __m512i compress(Mask mask, __m512i value) { return _mm512_maskz_compress_epi16(mask, value); }
-  static __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi16(mask, value); }
+  static FREEZEOPS_METHOD __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi16(mask, data); }
+  static FREEZEOPS_METHOD void store(void* data, Mask mask, __m512i value) {
+    _mm512_mask_storeu_epi16(data, mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i compress(Mask mask, __m512i value) {
+    return _mm512_maskz_compress_epi16(mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi16(mask, value); }
 };
 
 template <>
-struct Lanes<4> {
+struct Avx512Lanes<4> {
   using Mask = __mmask16;
   static constexpr int kCount = 16;
-  static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi32(mask, data); }
-  static void store(void* data, Mask mask, __m512i value) { _mm512_mask_storeu_epi32(data, mask, value); }
-  static __m512i compress(Mask mask, __m512i value) { return _mm512_maskz_compress_epi32(mask, value); }
-  static __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi32(mask, value); }
+  static FREEZEOPS_METHOD __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi32(mask, data); }
+  static FREEZEOPS_METHOD void store(void* data, Mask mask, __m512i value) {
+    _mm512_mask_storeu_epi32(data, mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i compress(Mask mask, __m512i value) {
+    return _mm512_maskz_compress_epi32(mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi32(mask, value); }
 };
 
 template <>
-struct Lanes<8> {
+struct Avx512Lanes<8> {
   using Mask = __mmask8;
   static constexpr int kCount = 8;
-  static __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi64(mask, data); }
-  static void store(void* data, Mask mask, __m512i value) { _mm512_mask_storeu_epi64(data, mask, value); }
-  static __m512i compress(Mask mask, __m512i value) { return _mm512_maskz_compress_epi64(mask, value); }
-  static __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi64(mask, value); }
+  static FREEZEOPS_METHOD __m512i load(Mask mask, const void* data) { return _mm512_maskz_loadu_epi64(mask, data); }
+  static FREEZEOPS_METHOD void store(void* data, Mask mask, __m512i value) {
+    _mm512_mask_storeu_epi64(data, mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i compress(Mask mask, __m512i value) {
+    return _mm512_maskz_compress_epi64(mask, value);
+  }
+  static FREEZEOPS_METHOD __m512i expand(Mask mask, __m512i value) { return _mm512_maskz_expand_epi64(mask, value); }
 };
 
 template <typename U>
-struct Words {
-  using L = Lanes<sizeof(U)>;
+struct Avx512Words {
+  using L = Avx512Lanes<sizeof(U)>;
   using Mask = typename L::Mask;
 
-  static void zero(U* data, uint64_t selected) {
+  static FREEZEOPS_METHOD void zero(U* data, uint64_t selected) {
     // Few entries: single stores need no line that has no selected entry.
     if (count_bits(selected) <= kFewBits) return ScalarWords<U>::zero_bits(data, selected);
     for (int i = 0; i < 64; i += L::kCount) {
@@ -62,7 +75,7 @@ struct Words {
     }
   }
 
-  static void copy(U* destination, const U* source, uint64_t selected) {
+  static FREEZEOPS_METHOD void copy(U* destination, const U* source, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) return ScalarWords<U>::copy_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);
@@ -70,13 +83,13 @@ struct Words {
     }
   }
 
-  static void copy_or_zero(U* destination, const U* source, uint64_t zeroed) {
+  static FREEZEOPS_METHOD void copy_or_zero(U* destination, const U* source, uint64_t zeroed) {
     for (int i = 0; i < 64; i += L::kCount) {
       _mm512_storeu_si512(destination + i, L::load(static_cast<Mask>(~(zeroed >> i)), source + i));
     }
   }
 
-  static U* compress(U* destination, const U* destination_end, const U* source, uint64_t selected) {
+  static FREEZEOPS_METHOD U* compress(U* destination, const U* destination_end, const U* source, uint64_t selected) {
     if (count_bits(selected) <= kFewToMove) return ScalarWords<U>::compress_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);
@@ -92,7 +105,7 @@ struct Words {
     return destination;
   }
 
-  static const U* expand(U* destination, const U* source, const U* source_end, uint64_t selected) {
+  static FREEZEOPS_METHOD const U* expand(U* destination, const U* source, const U* source_end, uint64_t selected) {
     if (count_bits(selected) <= kFewToMove) return ScalarWords<U>::expand_bits(destination, source, selected);
     for (int i = 0; i < 64; i += L::kCount) {
       const Mask mask = static_cast<Mask>(selected >> i);
@@ -106,23 +119,8 @@ struct Words {
   }
 };
 
-FREEZEOPS_INLINE void stream_zero(void* data, int64_t bytes) {
-  char* p = static_cast<char*>(data);
-  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) & 63);
-  if (bytes < head + 64) {
-    __builtin_memset(p, 0, bytes);
-    return;
-  }
-  __builtin_memset(p, 0, head);
-  p += head;
-  bytes -= head;
-  const __m512i zero = _mm512_setzero_si512();
-  for (; bytes >= 64; p += 64, bytes -= 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), zero);
-  __builtin_memset(p, 0, bytes);
-}
-FREEZEOPS_INLINE void stream_fence() { _mm_sfence(); }
-
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_WORDS_AVX512_H_

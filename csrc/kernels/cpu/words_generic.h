@@ -1,4 +1,4 @@
-// What the kernels do with a word of 64 entries on any processor.
+// Operations on words of 64 entries for any processor.
 
 #ifndef FREEZEOPS_KERNELS_CPU_WORDS_GENERIC_H_
 #define FREEZEOPS_KERNELS_CPU_WORDS_GENERIC_H_
@@ -6,18 +6,19 @@
 #include "kernels/cpu/words_scalar.h"
 
 namespace freezeops {
+namespace cpu {
 namespace {
 
 template <typename U>
-struct Words : ScalarWords<U> {
-  static void zero(U* data, uint64_t selected) {
+struct GenericWords : ScalarWords<U> {
+  static FREEZEOPS_METHOD void zero(U* data, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) {
       ScalarWords<U>::zero_bits(data, selected);
     } else {
       ScalarWords<U>::zero(data, selected);
     }
   }
-  static void copy(U* destination, const U* source, uint64_t selected) {
+  static FREEZEOPS_METHOD void copy(U* destination, const U* source, uint64_t selected) {
     if (count_bits(selected) <= kFewBits) {
       ScalarWords<U>::copy_bits(destination, source, selected);
     } else {
@@ -26,10 +27,8 @@ struct Words : ScalarWords<U> {
   }
 };
 
-FREEZEOPS_INLINE void stream_zero(void* data, int64_t bytes) { __builtin_memset(data, 0, bytes); }
-FREEZEOPS_INLINE void stream_fence() {}
-
 }  // namespace
+}  // namespace cpu
 }  // namespace freezeops
 
 #endif  // FREEZEOPS_KERNELS_CPU_WORDS_GENERIC_H_

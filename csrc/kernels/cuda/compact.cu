@@ -38,7 +38,7 @@ int move_trainable(void* const* compact, void* const* whole, const TrainableInde
 
 int gather_trainable(int width, int arrays, void* const* compact, const void* const* sources,
                      const TrainableIndex& index, Stream stream) {
-  // Which are read only.
+  // Sources are only read: kScatter is false.
   void* const whole[2] = {const_cast<void*>(sources[0]), const_cast<void*>(sources[arrays - 1])};
   return with_width(width, [&](auto zero) {
     using U = decltype(zero);

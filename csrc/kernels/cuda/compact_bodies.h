@@ -19,8 +19,8 @@ struct CompactArrays {
   U* whole[kArrays];
 };
 
-// Whether indices take less memory than the bits of a mask. How many are trainable is not known where it is asked, only
-// how many may be.
+// Returns whether indices take less memory than the bits of a mask. The host does not know how many entries are
+// trainable, only how many may be.
 FREEZEOPS_INLINE bool few_indices(int64_t capacity, int64_t kept, bool wide) {
   return capacity < kept / (wide ? 64 : 32);
 }
@@ -63,20 +63,11 @@ struct CompactByBits {
       if (some == 0) continue;
       constexpr int64_t kEntries = 32 * kWordsAtOnce;
       if (all == ~uint32_t{0} && rank >= 0 && rank + kEntries <= capacity) {
-        FREEZEOPS_UNROLL
-        for (int a = 0; a < kArrays; ++a) {
-          U* const compact = arrays.compact[a] + rank;
-          U* const whole = arrays.whole[a] + at;
-          if (kScatter) {
-            copy_range(lane, whole, compact, kEntries);
-          } else {
-            copy_range(lane, compact, whole, kEntries);
-          }
-        }
+        move_range(lane, at, rank, kEntries);
         rank += kEntries;
         continue;
       }
-      // Where the lane's entry of each word goes; nowhere if its bit is not set or there is no room.
+      // The place of the lane's entry of each word; -1 if its bit is not set or there is no room.
       int64_t places[kWordsAtOnce];
       FREEZEOPS_UNROLL
       for (int i = 0; i < kWordsAtOnce; ++i) {
@@ -85,28 +76,47 @@ struct CompactByBits {
         places[i] = moved ? place : -1;
         rank += ones_in(words[i]);
       }
+      move_entries(at + lane, places);
+    }
+  }
+
+  // Moves `count` consecutive entries, all trainable, from or to the places from `rank` on.
+  FREEZEOPS_METHOD void move_range(int lane, int64_t at, int64_t rank, int64_t count) const {
+    FREEZEOPS_UNROLL
+    for (int a = 0; a < kArrays; ++a) {
+      U* const compact = arrays.compact[a] + rank;
+      U* const whole = arrays.whole[a] + at;
+      if (kScatter) {
+        copy_range(lane, whole, compact, count);
+      } else {
+        copy_range(lane, compact, whole, count);
+      }
+    }
+  }
+
+  // Moves the lane's entries, 32 apart from `at` on, from or to their places.
+  FREEZEOPS_METHOD void move_entries(int64_t at, const int64_t* places) const {
+    FREEZEOPS_UNROLL
+    for (int a = 0; a < kArrays; ++a) {
+      U* const whole = arrays.whole[a] + at;
+      U values[kWordsAtOnce];
       FREEZEOPS_UNROLL
-      for (int a = 0; a < kArrays; ++a) {
-        U* const whole = arrays.whole[a] + at + lane;
-        U values[kWordsAtOnce];
-        FREEZEOPS_UNROLL
-        for (int i = 0; i < kWordsAtOnce; ++i) {
-          if (places[i] >= 0) values[i] = kScatter ? arrays.compact[a][places[i]] : whole[32 * i];
-        }
-        FREEZEOPS_UNROLL
-        for (int i = 0; i < kWordsAtOnce; ++i) {
-          if (places[i] < 0) continue;
-          if (kScatter) {
-            whole[32 * i] = values[i];
-          } else {
-            arrays.compact[a][places[i]] = values[i];
-          }
+      for (int i = 0; i < kWordsAtOnce; ++i) {
+        if (places[i] >= 0) values[i] = kScatter ? arrays.compact[a][places[i]] : whole[32 * i];
+      }
+      FREEZEOPS_UNROLL
+      for (int i = 0; i < kWordsAtOnce; ++i) {
+        if (places[i] < 0) continue;
+        if (kScatter) {
+          whole[32 * i] = values[i];
+        } else {
+          arrays.compact[a][places[i]] = values[i];
         }
       }
     }
   }
 
-  // What lies behind the last trainable entry.
+  // Zeroes the places behind the last trainable entry.
   FREEZEOPS_METHOD void zero_rest(int64_t begin, int lane) const {
     const int64_t total = offsets[rank_blocks(kept)];
     const int64_t first = begin > total ? begin : total;
@@ -147,7 +157,7 @@ struct CompactByIndex {
     const int64_t first_place = inner == 1 ? begin : begin / inner;
     const uint32_t offset = static_cast<uint32_t>(begin - first_place * inner);
     for (int first = warp.lane(); first < length; first += kAtOnce * kLanes) {
-      // Where each entry is in the whole array.
+      // The position of each entry in the whole array.
       int64_t entries[kAtOnce];
       FREEZEOPS_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
@@ -182,7 +192,7 @@ struct CompactByIndex {
   }
 };
 
-// The same for rows of at least kLongRowBytes.
+// Rows of at least kLongRowBytes, found by index.
 template <typename U, typename Index, int kArrays, bool kScatter>
 struct CompactRows {
   static constexpr bool kWaits = false;

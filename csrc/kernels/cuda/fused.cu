@@ -1,45 +1,10 @@
 // Launchers of the kernels of fused updates. Compiled without fused multiply-add, so that values are the CPU's.
 
-#include <type_traits>
-
 #include "kernels/cuda/fused_bodies.h"
 
 namespace freezeops {
 namespace cuda {
 namespace {
-
-// Calls work with the type as a constant.
-template <typename Work>
-int with_float(Float type, const Work& work) {
-  switch (type) {
-    case Float::kHalf:
-      return work(std::integral_constant<Float, Float::kHalf>{});
-    case Float::kBfloat16:
-      return work(std::integral_constant<Float, Float::kBfloat16>{});
-    case Float::kFloat:
-      return work(std::integral_constant<Float, Float::kFloat>{});
-    default:
-      return work(std::integral_constant<Float, Float::kDouble>{});
-  }
-}
-
-template <typename Work>
-int with_rule(Rule rule, const Work& work) {
-  switch (rule) {
-    case Rule::kSgd:
-      return work(std::integral_constant<Rule, Rule::kSgd>{});
-    case Rule::kAdam:
-      return work(std::integral_constant<Rule, Rule::kAdam>{});
-    case Rule::kNadam:
-      return work(std::integral_constant<Rule, Rule::kNadam>{});
-    case Rule::kRmsprop:
-      return work(std::integral_constant<Rule, Rule::kRmsprop>{});
-    case Rule::kAdagrad:
-      return work(std::integral_constant<Rule, Rule::kAdagrad>{});
-    default:
-      return work(std::integral_constant<Rule, Rule::kLion>{});
-  }
-}
 
 // Runs a body over variables, as many at a time as a table has room for.
 template <typename Body>

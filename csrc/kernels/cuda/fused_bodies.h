@@ -15,15 +15,7 @@
 namespace freezeops {
 namespace cuda {
 
-constexpr FusedType fused_type(Float type) {
-  return type == Float::kHalf       ? kFloat16
-         : type == Float::kBfloat16 ? kBfloat16
-         : type == Float::kFloat    ? kFloat32
-                                    : kFloat64;
-}
-
 // --- Sums of slices
-// ---------------------------------------------------------------------------------------------------
 
 FREEZEOPS_INLINE void atomic_max(uint64_t* target, uint64_t value) {
 #if defined(__CUDA_ARCH__)
@@ -80,7 +72,7 @@ template <Float kType>
 struct SumRows {
   static constexpr bool kWaits = true;
   static constexpr int64_t kPiece = 4096;
-  using V = Single<fused_type(kType)>;
+  using V = Single<kType>;
   using Entry = typename V::Entry;
 
   RowSums sums;
@@ -123,7 +115,7 @@ struct SumRows {
   }
 };
 
-// Where the sum for an entry is; -1 if no slice names its row.
+// Returns the position of an entry's sum; -1 if no slice names its row.
 FREEZEOPS_INLINE int64_t place_of_sum(const RowSums& sums, int64_t entry) {
   constexpr int64_t kNarrow = int64_t{1} << 32;
   const int64_t row = entry < kNarrow && sums.row_size < kNarrow
@@ -150,7 +142,6 @@ FREEZEOPS_INLINE void load_gradient(const FusedVariable& variable, int64_t entry
 }
 
 // --- The variables of a step
-// ------------------------------------------------------------------------------------------
 
 // Arguments of a kernel are 4 KB at most.
 constexpr int kMostTogether = 24;
@@ -176,7 +167,7 @@ struct FusedTable {
     ++count;
   }
 
-  // Which variable a tile belongs to. `tile` becomes its number there.
+  // Returns the variable that a tile belongs to. `tile` becomes its number there.
   FREEZEOPS_METHOD int find(int64_t* tile) const {
     int found = 0;
     while (*tile >= ends[found]) ++found;
@@ -201,7 +192,8 @@ FREEZEOPS_INLINE int64_t slot_size(const FusedVariable& variable) {
   return is_compact(variable) ? variable.capacity * layout.inner : entries(layout);
 }
 
-// Where the entry is that a place among `inner` for each index is of; -1 for none, or for one that is not trainable.
+// Returns the position of an entry: number `within` of the `inner` entries of the index at `place`; -1 for none, or for
+// one that is not trainable.
 FREEZEOPS_INLINE int64_t entry_of_index(const FusedVariable& variable, int64_t place, int64_t within) {
   const MaskLayout& layout = variable.mask.layout;
   const int64_t index = variable.wide ? kept_index(static_cast<const int64_t*>(variable.indices), place, layout.kept)
@@ -210,7 +202,6 @@ FREEZEOPS_INLINE int64_t entry_of_index(const FusedVariable& variable, int64_t p
 }
 
 // --- Seeding
-// ----------------------------------------------------------------------------------------------------------
 
 // Before the update, for slots that wait: in nearly every step no bit is set, and they are all that is read. Words of
 // bits belong to one warp each, which in compact state they would not if the update did this.
@@ -218,7 +209,7 @@ template <Float kType>
 struct SeedWaiting {
   static constexpr bool kWaits = true;
   static constexpr int kWordsInTile = 128;
-  using V = Single<fused_type(kType)>;
+  using V = Single<kType>;
   using Entry = typename V::Entry;
   using Acc = typename V::Acc;
 
@@ -271,7 +262,7 @@ struct SeedWaiting {
     Acc square = value * value;
     // Gradients of repeated rows may cancel; their squares do not, see reference.seed_slots.
     if (variable.rows.named != nullptr && summed.value > square) square = summed.value;
-    SlotSeed<Entry, Acc> slots[kMostSlots];
+    SlotSeed<kType> slots[kMostSlots];
     FREEZEOPS_UNROLL
     for (int i = 0; i < kMostSlots; ++i) {
       if (i >= table.seeds) break;
@@ -283,9 +274,11 @@ struct SeedWaiting {
 };
 
 // --- Updating
-// ---------------------------------------------------------------------------------------------------------
 
-// The trainable entries of a tile that are a lane's, in groups: one of each of `kAtOnce` words.
+// Finds a lane's trainable entries of a tile, in groups: one of each of `kAtOnce` words.
+//
+// Five ways in one class, chosen once for each tile: divisions of 64 bits are slow on a device, so each way
+// divides as rarely and as narrowly as it can.
 template <int kAtOnce>
 class TileWalk {
  public:
@@ -339,7 +332,8 @@ class TileWalk {
 
   FREEZEOPS_METHOD int length() const { return length_; }
 
-  // Those from `at` on in the tile, a multiple of kGroup: each is asked for in turn. Returns whether there is any.
+  // Finds the group `at` entries into the tile, a multiple of kGroup; groups are asked for in turn. Returns whether
+  // there is any entry.
   FREEZEOPS_METHOD bool next(int at, Group* group) {
     uint32_t words[kAtOnce];
     if (way_ == Way::kPlain || way_ == Way::kByBits) {
@@ -379,7 +373,8 @@ class TileWalk {
  private:
   enum class Way { kAll, kPlain, kGeneral, kByBits, kByIndex };
 
-  // How many rows begin up to an entry; a division of 32 bits suffices but for rows that are longer than any tile.
+  // Returns the number of rows that begin up to an entry; a division of 32 bits suffices but for rows that are longer
+  // than any tile.
   FREEZEOPS_METHOD int64_t rows_passed(int ahead) const {
     const int64_t inner = variable_.mask.layout.inner;
     const int64_t passed = start_.offset + ahead;
@@ -415,10 +410,10 @@ class TileWalk {
   int64_t rank_;       // by bits: of the next word
 };
 
-template <Rule kRule, Float kType>
+template <UpdateRule kRule, Float kType>
 struct UpdateFused {
   static constexpr bool kWaits = false;
-  using V = Single<fused_type(kType)>;
+  using V = Single<kType>;
   using Entry = typename V::Entry;
   // Words on their way together: 128 entries of each tensor, 64 of the widest.
   static constexpr int kAtOnce = sizeof(Entry) == 8 ? 2 : 4;
@@ -451,7 +446,7 @@ struct UpdateFused {
       if (i < table.scalars) c[i] = V::load(from + i);
     }
     // Slices were multiplied before they were summed.
-    if (kRule == Rule::kSgd && variable.rows.named != nullptr) c[kRate] = {1};
+    if (kRule == UpdateRule::kSgd && variable.rows.named != nullptr) c[kRate] = {1};
   }
 
   FREEZEOPS_METHOD void update(const FusedVariable& variable, const V* c, const typename Walk::Group& group) const {

@@ -3,16 +3,17 @@
 // Every function starts its work on the stream and returns at once: 0, or the cudaError_t of a launch that failed, for
 // error_text. Nothing is started for empty input. Widths are those of the entries in bytes (2, 4 or 8); entries are
 // moved as integers, so that no bit of a value that is kept ever changes. Sizes have 64 bits. Pointers need no more
-// alignment than an entry has; where they have 16 bytes, masks of
-// single entries and of long rows move 16 bytes at a time; other layouts, and entries found by index, go one by one.
+// alignment than an entry has; where they have 16 bytes, masks of single entries and of long rows move 16 bytes at a
+// time; other layouts, and entries found by index, go one by one.
 //
-// What the kernels do is in *_bodies.h, which is compiled for the host as well (see warps.h) and tested there.
+// The kernels' bodies are in *_bodies.h, which are compiled for the host as well (see warps.h) and tested there.
 
 #ifndef FREEZEOPS_KERNELS_CUDA_KERNELS_H_
 #define FREEZEOPS_KERNELS_CUDA_KERNELS_H_
 
 #include <stdint.h>
 
+#include "kernels/common/dtypes.h"
 #include "kernels/common/update_rules.h"
 #include "mask_layout.h"
 
@@ -23,7 +24,7 @@ namespace cuda {
 
 using Stream = CUstream_st*;
 
-// What an error number means.
+// Returns the text of an error number.
 const char* error_text(int error);
 
 // The versions of CUDA that the driver supports and that this was compiled for, as 1000 * major + 10 * minor; 0 where
@@ -31,7 +32,7 @@ const char* error_text(int error);
 int driver_version();
 int runtime_version();
 
-// --- Whole tensors ---
+// --- Whole tensors
 
 // Sets the frozen entries of `data` to +0. Reads the mask, and nothing else.
 int zero_frozen(int width, void* data, const MaskView& mask, Stream stream);
@@ -45,7 +46,7 @@ int copy_frozen(int width, void* destination, const void* source, const MaskView
 // destination = source.
 int copy_bytes(void* destination, const void* source, int64_t bytes, Stream stream);
 
-// --- Slices ---
+// --- Slices
 
 // Rows of a tensor, as in an IndexedSlices.
 struct Slices {
@@ -61,9 +62,9 @@ struct Slices {
 int mask_slices(int width, void* destination, const void* source, const Slices& slices, const MaskView& mask,
                 Stream stream);
 
-// --- Compact state ---
+// --- Compact state
 
-// Which entries of a tensor are trainable. All is in device memory and must say the same; where it does not, nothing is
+// The trainable entries of a tensor, by mask and by index, all in device memory. Where these do not agree, nothing is
 // read or written out of bounds, and no frozen entry is written.
 struct TrainableIndex {
   MaskView mask;           // of a layout that does not repeat
@@ -73,11 +74,11 @@ struct TrainableIndex {
   int64_t capacity;
 };
 
-// compact[a] = the trainable entries of sources[a], then zeros up to the capacity, for one or two arrays.
+// Sets compact[a] to the trainable entries of sources[a], then zeros up to the capacity, for one or two arrays.
 int gather_trainable(int width, int arrays, void* const* compact, const void* const* sources,
                      const TrainableIndex& index, Stream stream);
 
-// The trainable entries of `destination` = those of `compact`.
+// Sets the trainable entries of `destination` from `compact`.
 int scatter_trainable(int width, void* destination, const void* compact, const TrainableIndex& index, Stream stream);
 
 // ranks[i] = the number of ones before bits[i], at most `last` and at least 0. A bit that is out of range is taken as
@@ -85,9 +86,7 @@ int scatter_trainable(int width, void* destination, const void* compact, const T
 int rank_of_bits(int64_t* ranks, const int64_t* bits, int64_t count, const uint8_t* mask, int64_t kept,
                  const int64_t* offsets, int64_t last, Stream stream);
 
-// --- Seeding ---
-
-enum class Float { kHalf, kBfloat16, kFloat, kDouble };
+// --- Seeding
 
 constexpr int kMostSeededSlots = 8;
 
@@ -108,7 +107,7 @@ struct SeedArguments {
 
 int seed_slots(Float type, const SeedArguments& arguments, Stream stream);
 
-// --- Fused updates ---
+// --- Fused updates
 
 // The sums of slices, in memory that the caller allocates and nobody reads but fused_update.
 struct RowSums {
@@ -131,7 +130,7 @@ FREEZEOPS_INLINE int64_t named_bytes(int64_t rows) { return 2 * rows * static_ca
 int sum_slices(Float type, const RowSums& sums, const int64_t* indices, int64_t rows, const void* values,
                const void* scale, Stream stream);
 
-// One variable in a step, all in device memory; see freezeops::FusedTensor.
+// One variable of a step, all in device memory; see cpu::FusedTensor.
 struct FusedVariable {
   void* variable;
   const void* gradient;  // nullptr with slices
@@ -148,7 +147,7 @@ struct FusedVariable {
   bool decays;
 };
 
-// What all variables of a step share. See freezeops::Seeds.
+// What the variables of a step share. Seeds are as in cpu::Seeds.
 struct FusedStep {
   const NamedRule* rule;
   const void* scalars;   // those of the rule, of the variables' type, in device memory

@@ -42,7 +42,7 @@ FREEZEOPS_INLINE void act_on_range(int lane, const Arrays<U>& arrays, int64_t be
   }
 }
 
-// Whether in each group of kGroup (2, 4 or 8) bits of a word all are equal.
+// Returns whether in each group of kGroup (2, 4 or 8) bits of a word all are equal.
 template <int kGroup>
 FREEZEOPS_INLINE bool in_whole_groups(uint32_t word) {
   constexpr uint32_t kWithinGroup = kGroup == 2 ? 0x55555555u : kGroup == 4 ? 0x77777777u : 0x7f7f7f7fu;
@@ -64,7 +64,7 @@ struct MaskPlain {
   FREEZEOPS_METHOD int64_t tile_entries() const { return long_tiles ? 4096 : 1024; }
   int64_t tiles() const { return ceil_divide(count, tile_entries()); }
 
-  // Whether what the lane looks at of a tile's mask is all ones.
+  // Returns whether the bits that the lane looks at in a tile's mask are all ones.
   FREEZEOPS_METHOD bool sees_no_frozen(int64_t begin, int lane) const {
     if (!long_tiles) {
       const int64_t at = begin + 32 * lane;
@@ -166,7 +166,7 @@ struct MaskGeneral {
 
   int64_t tiles() const { return ceil_divide(entries(mask.layout), kTileEntries); }
 
-  // Whether what the lane looks at of a tile's mask is all ones.
+  // Returns whether the bits that the lane looks at in a tile's mask are all ones.
   FREEZEOPS_METHOD bool sees_no_frozen(const RowPosition& start, int length, int lane) const {
     const int64_t kept = mask.layout.kept;
     const int64_t rows = (start.offset + length - 1) / static_cast<int>(mask.layout.inner) + 1;
@@ -248,7 +248,7 @@ struct MaskSliceRows {
   }
 };
 
-// The same where rows are short: entry by entry.
+// Slices with short rows: entry by entry.
 template <typename U, typename Index, Action kAction>
 struct MaskSliceEntries {
   static constexpr bool kWaits = false;

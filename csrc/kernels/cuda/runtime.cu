@@ -1,4 +1,4 @@
-// What is asked of CUDA's runtime. Not cudaDeviceProp: that struct differs between versions of CUDA and is misread in
+// Calls of CUDA's runtime. cudaDeviceProp is not used: that struct differs between versions of CUDA and is misread in
 // silence where the header and the library do not agree.
 
 #include <cuda_runtime_api.h>

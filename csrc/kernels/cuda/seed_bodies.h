@@ -3,19 +3,23 @@
 #ifndef FREEZEOPS_KERNELS_CUDA_SEED_BODIES_H_
 #define FREEZEOPS_KERNELS_CUDA_SEED_BODIES_H_
 
+#include "kernels/common/dtypes.h"
 #include "kernels/common/seed_entry.h"
 #include "kernels/cuda/warps.h"
 
 namespace freezeops {
 namespace cuda {
 
-template <typename T, typename Acc>
+template <Float kType>
 struct SeedTarget {
+  using T = typename EntryOf<kType>::Type;
+  using Acc = typename EntryOf<kType>::Acc;
+
   SeedArguments arguments;
 
   // Seeds one entry, whose bit is set. Returns whether the bit is to be cleared.
   FREEZEOPS_METHOD bool seed(int64_t entry, Acc gradient, Acc square) const {
-    SlotSeed<T, Acc> slots[kMostSeededSlots];
+    SlotSeed<kType> slots[kMostSeededSlots];
     FREEZEOPS_UNROLL
     for (int i = 0; i < kMostSeededSlots; ++i) {
       if (i >= arguments.count) break;
@@ -30,12 +34,14 @@ struct SeedTarget {
 };
 
 // A dense gradient: a lane for each bit. In nearly every step no bit is set, and they are all that is read.
-template <typename T, typename Acc>
+template <Float kType>
 struct SeedDense {
+  using T = typename EntryOf<kType>::Type;
+  using Acc = typename EntryOf<kType>::Acc;
   static constexpr bool kWaits = true;
   static constexpr int kWordsInTile = 128;
 
-  SeedTarget<T, Acc> target;
+  SeedTarget<kType> target;
 
   int64_t tiles() const { return ceil_divide(target.arguments.size, 32 * kWordsInTile); }
 
@@ -71,10 +77,12 @@ struct SeedDense {
 // Slices: a warp for each. Rows may be named more than once. Their gradients add up, in the order of the slices; Keras
 // adds up their squares as well, and that is what its second moment gets. The larger of the two is taken, because
 // gradients that cancel leave a second moment behind. The first slice of a row does so for all.
-template <typename T, typename Acc>
+template <Float kType>
 struct SeedSlices {
+  using T = typename EntryOf<kType>::Type;
+  using Acc = typename EntryOf<kType>::Acc;
   static constexpr bool kWaits = true;
-  SeedTarget<T, Acc> target;
+  SeedTarget<kType> target;
 
   int64_t tiles() const { return target.arguments.slices; }
 

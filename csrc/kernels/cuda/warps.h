@@ -1,4 +1,4 @@
-// How the CUDA kernels are written and run.
+// The form of the CUDA kernels, and their launch.
 //
 // A kernel is a body: a struct of arguments with
 //   static constexpr bool kWaits                             whether its lanes wait for each other
@@ -8,7 +8,7 @@
 // runs it: by nvcc as a kernel of warps that share the tiles out among themselves, and by any other compiler on the
 // host, lane by lane. So all of a body, and whatever chooses between bodies, is tested without a GPU.
 //
-// Bodies are in *_bodies.h, launchers in *_cuda.cu, which are compiled both ways.
+// Bodies are in *_bodies.h, launchers in *.cu, which are compiled both ways.
 
 #ifndef FREEZEOPS_KERNELS_CUDA_WARPS_H_
 #define FREEZEOPS_KERNELS_CUDA_WARPS_H_
@@ -78,14 +78,13 @@ int launch(const Body& body, Stream) {
 #endif
 
 // --- Moving 16 bytes at a time
-// ----------------------------------------------------------------------------------------
 
 struct alignas(16) Bytes16 {
   uint64_t low;
   uint64_t high;
 } __attribute__((may_alias));
 
-// How many entries 16 bytes are.
+// The number of entries in 16 bytes.
 template <typename U>
 FREEZEOPS_INLINE constexpr int in_bytes16() {
   return static_cast<int>(16 / sizeof(U));
@@ -161,7 +160,6 @@ FREEZEOPS_INLINE void copy_range(int lane, U* destination, const U* source, int6
 }
 
 // --- Sharing rows out among warps
-// -------------------------------------------------------------------------------------
 
 // Rows at least this long (bytes) are worked on as rows: each lane then has 16 bytes of one.
 constexpr int64_t kLongRowBytes = 512;

@@ -1,4 +1,4 @@
-// What the CPU OpKernels share: sharing the work out among threads.
+// Helpers of the CPU OpKernels: work divided among threads, buffers of variables.
 
 #ifndef FREEZEOPS_OPS_COMMON_CPU_HELPERS_H_
 #define FREEZEOPS_OPS_COMMON_CPU_HELPERS_H_
@@ -9,7 +9,7 @@
 #include <functional>
 
 #include "kernels/cpu/kernels.h"
-#include "ops/common/op_checks.h"
+#include "ops/common/op_kernels.h"
 #include "ops/common/tf_compat.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -20,8 +20,8 @@ namespace freezeops {
 // Tensors larger than this are taken to be in memory, not in the cache.
 constexpr int64_t kBeyondCacheBytes = int64_t{32} << 20;
 
-inline Residence ResidenceOf(int64_t bytes) {
-  return bytes > kBeyondCacheBytes ? Residence::kMemory : Residence::kCache;
+inline cpu::Residence ResidenceOf(int64_t bytes) {
+  return bytes > kBeyondCacheBytes ? cpu::Residence::kMemory : cpu::Residence::kCache;
 }
 
 // Pointer arithmetic in entries of `width` bytes.
@@ -37,6 +37,13 @@ inline void ParallelFor(tensorflow::OpKernelContext* ctx, int64_t count, int64_t
   tensorflow::Shard(workers.num_threads, workers.workers, count, cycles_per_unit, work);
 }
 
+// ParallelFor as the kernels' parallel classes take it.
+inline auto ParallelForOf(tensorflow::OpKernelContext* ctx) {
+  return [ctx](int64_t count, int64_t cycles_per_unit, const std::function<void(int64_t, int64_t)>& work) {
+    ParallelFor(ctx, count, cycles_per_unit, work);
+  };
+}
+
 // Runs work(begin, end) over ranges of the `count` entries. Ranges begin at multiples of 64 entries, so that no two
 // threads share a mask word or (in aligned tensors) a cache line.
 inline void ParallelForEntries(tensorflow::OpKernelContext* ctx, int64_t count, int64_t width,
@@ -47,9 +54,10 @@ inline void ParallelForEntries(tensorflow::OpKernelContext* ctx, int64_t count, 
               [&](int64_t first, int64_t last) { work(first * 64, std::min(last * 64, count)); });
 }
 
-// Gives a variable's value a buffer of its own, where a read of it shares the one that it has. The variable's lock is
-// held.
+// Gives a variable's value a buffer of its own, where a read shares it: in copy-on-read mode no read does, otherwise
+// one that does must not see what is written. The variable's lock is held.
 inline absl::Status Unshare(tensorflow::OpKernelContext* ctx, tensorflow::Tensor* value) {
+  if (value->RefCountIsOne()) return absl::OkStatus();
   tensorflow::AllocatorAttributes attributes;
   attributes.set_gpu_compatible(true);
   attributes.set_nic_compatible(true);

@@ -1,4 +1,4 @@
-// What the GPU OpKernels share: TensorFlow's stream without a header of CUDA, and how a launch reports its errors.
+// Helpers of the GPU OpKernels: TensorFlow's stream without a header of CUDA, and errors of launches.
 //
 // No GPU OpKernel waits for the device or looks at what is in its memory: masks, offsets, indices and scales stay
 // there. So what would take a look at them differs from the CPU's kernels, as each gpu.cc says.
@@ -9,7 +9,8 @@
 #define FREEZEOPS_OPS_COMMON_GPU_HELPERS_H_
 
 #include "kernels/cuda/kernels.h"
-#include "ops/common/op_checks.h"
+#include "ops/common/dtypes.h"
+#include "ops/common/op_kernels.h"
 #include "ops/common/tf_compat.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -23,23 +24,6 @@ inline cuda::Stream StreamOf(tensorflow::OpKernelContext* ctx) {
   return static_cast<cuda::Stream>(ctx->op_device_context()->stream()->platform_specific_handle().stream);
 }
 
-inline cuda::Float FloatOf(tensorflow::DataType dtype) {
-  switch (dtype) {
-    case tensorflow::DT_HALF:
-      return cuda::Float::kHalf;
-    case tensorflow::DT_BFLOAT16:
-      return cuda::Float::kBfloat16;
-    case tensorflow::DT_FLOAT:
-      return cuda::Float::kFloat;
-    default:
-      return cuda::Float::kDouble;
-  }
-}
-
-inline absl::Status LookUp(tensorflow::OpKernelContext* ctx, VarPtr* variable) {
-  return LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), variable);
-}
-
 // The status of an op whose kernels were started, or were not.
 inline absl::Status Launched(tensorflow::OpKernelContext* ctx, int error) {
   if (error == 0) return absl::OkStatus();
@@ -47,8 +31,8 @@ inline absl::Status Launched(tensorflow::OpKernelContext* ctx, int error) {
                                           " could not start its kernel on the GPU: ", cuda::error_text(error)));
 }
 
-// Gives a variable's value a buffer of its own, where a read of it shares the one that it has. The variable's lock is
-// held: what comes later on the stream sees the copy.
+// Gives a variable's value a buffer of its own, where a read shares it. The variable's lock is held: what comes later
+// on the stream sees the copy.
 inline absl::Status UnshareOnGpu(tensorflow::OpKernelContext* ctx, tensorflow::Tensor* value) {
   if (value->RefCountIsOne()) return absl::OkStatus();
   tensorflow::Tensor copy;

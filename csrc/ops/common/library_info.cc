@@ -8,7 +8,7 @@
 #define FREEZEOPS_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The instruction set that the kernels were chosen for.
-FREEZEOPS_EXPORT const char* freezeops_isa() { return freezeops::cpu_kernels().isa; }
+FREEZEOPS_EXPORT const char* freezeops_isa() { return freezeops::cpu::kernels().isa; }
 
 // The versions of CUDA that the driver supports and that the kernels were compiled for, as 1000 * major + 10 * minor; 0
 // where there is no driver, or no CUDA kernel in this library. Neither needs a driver.

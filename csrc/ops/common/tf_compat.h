@@ -1,4 +1,4 @@
-// What differs between the TensorFlow versions that are supported (2.19 to 2.21), and the status helpers of the ops.
+// Differences between the supported TensorFlow versions (2.19 to 2.21), and the status helper of the ops.
 
 #ifndef FREEZEOPS_OPS_COMMON_TF_COMPAT_H_
 #define FREEZEOPS_OPS_COMMON_TF_COMPAT_H_

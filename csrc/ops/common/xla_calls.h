@@ -1,4 +1,4 @@
-// Whether XLA can call native kernels on the CPU.
+// Says whether XLA can call native kernels on the CPU.
 
 #ifndef FREEZEOPS_OPS_COMMON_XLA_CALLS_H_
 #define FREEZEOPS_OPS_COMMON_XLA_CALLS_H_

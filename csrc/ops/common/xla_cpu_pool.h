@@ -1,4 +1,4 @@
-// What native kernels share that XLA calls on the CPU: XLA's threads, and errors.
+// Helpers of the native kernels that XLA calls on the CPU: XLA's threads, dtypes and errors.
 
 #ifndef FREEZEOPS_OPS_COMMON_XLA_CPU_POOL_H_
 #define FREEZEOPS_OPS_COMMON_XLA_CPU_POOL_H_
@@ -15,7 +15,8 @@
 #include <memory>
 #include <mutex>
 
-#include "ops/common/layout_attr.h"
+#include "kernels/common/dtypes.h"
+#include "ops/common/checks.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla {
@@ -62,6 +63,28 @@ inline void ParallelFor(xla::ffi::ThreadPool pool, int64_t count, int64_t cycles
   shared->all_done.wait(lock, [&] { return shared->done == parts; });
 }
 
+// ParallelFor as the kernels' parallel classes take it.
+inline auto ParallelForOf(xla::ffi::ThreadPool pool) {
+  return [pool](int64_t count, int64_t cycles_per_unit, const std::function<void(int64_t, int64_t)>& work) {
+    ParallelFor(pool, count, cycles_per_unit, work);
+  };
+}
+
+// The dtype is one of the ops' attribute T.
+inline Float FloatOf(xla::ffi::DataType type) {
+  switch (type) {
+    case xla::ffi::DataType::F16:
+      return Float::kFloat16;
+    case xla::ffi::DataType::BF16:
+      return Float::kBfloat16;
+    case xla::ffi::DataType::F32:
+      return Float::kFloat32;
+    default:
+      return Float::kFloat64;
+  }
+}
+
+// The result of a call whose offsets and indices were checked.
 inline xla::ffi::Error Checked(bool fits) {
   return fits ? xla::ffi::Error::Success() : xla::ffi::Error(xla::ffi::ErrorCode::kInvalidArgument, kOffsetsMessage);
 }

@@ -1,15 +1,15 @@
 #include "ops/common/xla_helpers.h"
 
 #include <memory>
+#include <utility>
 
 namespace freezeops {
 
 using ::tensorflow::DataType;
 using ::tensorflow::TensorShape;
-using ::tensorflow::XlaOpKernelContext;
 using ::xla::XlaOp;
 
-absl::Status GetShape(XlaOpKernelContext* ctx, int input, TensorShape* shape) {
+absl::Status GetShape(tensorflow::XlaOpKernelContext* ctx, int input, TensorShape* shape) {
   TF_ASSIGN_OR_RETURN(const xla::Shape xla_shape, ctx->InputXlaShape(input));
   for (const int64_t size : xla_shape.dimensions()) TF_RETURN_IF_ERROR(shape->AddDimWithStatus(size));
   return absl::OkStatus();
@@ -63,6 +63,29 @@ XlaOp AllBits(XlaOp predicate, xla::PrimitiveType integers) {
 
 XlaOp Choose(XlaOp mask, XlaOp chosen, XlaOp other) {
   return xla::Or(xla::And(mask, chosen), xla::And(xla::Not(mask), other));
+}
+
+std::vector<XlaOp> CallNative(xla::XlaBuilder* builder, const char* name, const std::vector<XlaOp>& operands,
+                              const std::vector<CallResult>& results) {
+  const bool tuple = results.size() > 1;
+  const xla::ShapeIndex whole({});
+  std::vector<xla::Shape> shapes;
+  std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place;
+  for (const CallResult& result : results) {
+    const int64_t number = static_cast<int64_t>(shapes.size());
+    xla::ShapeIndex index = whole;
+    if (tuple) index.push_back(number);
+    if (result.operand >= 0) in_place.push_back({index, {result.operand, whole}});
+    shapes.push_back(result.shape);
+  }
+  const XlaOp called =
+      xla::CustomCall(builder, name, operands, tuple ? xla::ShapeUtil::MakeTupleShape(shapes) : shapes[0], "",
+                      /*has_side_effect=*/false, in_place, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+                      xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+  if (!tuple) return {called};
+  std::vector<XlaOp> each;
+  for (size_t i = 0; i < results.size(); ++i) each.push_back(xla::GetTupleElement(called, static_cast<int64_t>(i)));
+  return each;
 }
 
 std::vector<int64_t> DimsOf(int64_t count, int64_t inner) {

@@ -1,4 +1,4 @@
-// What the XLA kernels share: masks as integers of a float's width, rows gathered, scattered and summed.
+// Helpers of the XLA kernels: masks as integers of a float's width, rows gathered, scattered and summed.
 //
 // Kernels are plain HLO, which XLA fuses into whatever makes or takes the values, and calls of native kernels where
 // these are faster (xla_cpu.cc of an op).
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "ops/common/checks.h"
 #include "ops/common/layout_attr.h"
 #include "ops/common/xla_compat.h"
 #include "tensorflow/core/framework/tensor_shape.h"
@@ -24,6 +25,13 @@ namespace freezeops {
 
 absl::Status GetShape(tensorflow::XlaOpKernelContext* ctx, int input, tensorflow::TensorShape* shape);
 
+inline absl::Status GetShape(tensorflow::XlaOpKernelContext* ctx, int input, PartialTensorShape* shape) {
+  tensorflow::TensorShape known;
+  TF_RETURN_IF_ERROR(GetShape(ctx, input, &known));
+  *shape = known;
+  return absl::OkStatus();
+}
+
 // The unsigned integers as wide as a floating type. Values are chosen as integers: a choice among floats may turn a
 // signalling NaN into a quiet one.
 xla::PrimitiveType IntegersFor(tensorflow::DataType dtype);
@@ -34,17 +42,27 @@ xla::PrimitiveType IntegersFor(tensorflow::DataType dtype);
 xla::XlaOp TrainableBits(xla::XlaOp mask, const MaskLayout& layout, const tensorflow::TensorShape& shape,
                          xla::PrimitiveType integers);
 
-// All bits set where a predicate holds.
+// Returns integers with all bits set where a predicate holds, else 0.
 xla::XlaOp AllBits(xla::XlaOp predicate, xla::PrimitiveType integers);
 
-// Integers chosen by such a mask.
+// Chooses among integers by such a mask.
 xla::XlaOp Choose(xla::XlaOp mask, xla::XlaOp chosen, xla::XlaOp other);
+
+// A result of a native kernel that XLA calls on the CPU.
+struct CallResult {
+  xla::Shape shape;
+  int64_t operand = -1;  // the operand that it overwrites; -1: a buffer of its own
+};
+
+// Calls a native kernel by the name that its xla_cpu.cc registers.
+std::vector<xla::XlaOp> CallNative(xla::XlaBuilder* builder, const char* name, const std::vector<xla::XlaOp>& operands,
+                                   const std::vector<CallResult>& results);
 
 // [count] or, where a bit stands for more than one entry, [count, inner].
 std::vector<int64_t> DimsOf(int64_t count, int64_t inner);
 
-// Of values of a layout that does not repeat, those of each index: DimsOf(their number, inner). For an index that is
-// out of range some other row comes.
+// Gathers the rows of `values` (a layout that does not repeat) that the indices name, as DimsOf(their number, inner).
+// An index that is out of range gathers some other row.
 xla::XlaOp GatherRows(xla::XlaOp values, xla::XlaOp indices, const MaskLayout& layout);
 
 // DimsOf(kept, inner) floats, with rows replaced that `indices` name, which ascend; those out of range are dropped.

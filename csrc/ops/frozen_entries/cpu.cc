@@ -5,15 +5,15 @@
 // variable next copies on write. RestoreFrozen can then put the old buffer back, with only the trainable entries of
 // the new one written into it.
 
+#include <algorithm>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #include "kernels/cpu/kernels.h"
 #include "ops/common/cpu_helpers.h"
-#include "ops/common/op_checks.h"
+#include "ops/frozen_entries/op_kernel.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
-#include "tensorflow/core/framework/resource_mgr.h"
-#include "tensorflow/core/framework/resource_var.h"
 
 namespace freezeops {
 namespace {
@@ -21,67 +21,78 @@ namespace {
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
-using ::tensorflow::Var;
 
 // From this share of frozen entries on the whole value is the cheaper snapshot. Measured: at 0.9 and below, taking the
 // frozen values out and putting them back beats the copy that the next update then makes of the variable; at 0.99
 // random they are even; where whole rows are frozen, and at 1, the whole value is cheaper.
 constexpr double kFullSnapshotShare = 0.98;
 
-// The number of frozen entries in each of the parts that the threads work on, and where each part's values begin in a
-// compressed snapshot.
-class FrozenCount {
+// The entries of a variable divided into shards: the number of frozen entries in each, and where its values begin in a
+// snapshot of frozen entries.
+class FrozenShards {
  public:
-  FrozenCount(OpKernelContext* ctx, const MaskView& mask) : mask_(mask) {
+  FrozenShards(OpKernelContext* ctx, const MaskView& mask) : mask_(mask) {
     const int64_t count = entries(mask.layout);
     const int64_t threads = ctx->device()->tensorflow_cpu_worker_threads()->num_threads;
     constexpr int64_t kLeastEntries = 16384;
     const int64_t wanted = std::min(count / kLeastEntries + 1, 8 * threads);
-    part_size_ = (count + wanted - 1) / wanted;
-    part_size_ = std::max<int64_t>((part_size_ + 63) / 64 * 64, 64);
-    const int64_t parts = (count + part_size_ - 1) / part_size_;
-    offsets_.resize(parts + 1, 0);
-    const KernelTable& kernels = cpu_kernels();
-    ParallelFor(ctx, parts, part_size_ / 16, [&](int64_t first, int64_t last) {
+    shard_size_ = (count + wanted - 1) / wanted;
+    shard_size_ = std::max<int64_t>((shard_size_ + 63) / 64 * 64, 64);
+    const int64_t shards = (count + shard_size_ - 1) / shard_size_;
+    offsets_.resize(shards + 1, 0);
+    const cpu::KernelTable& kernels = cpu::kernels();
+    ParallelFor(ctx, shards, shard_size_ / 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) offsets_[i + 1] = kernels.count_frozen(mask_, begin(i), end(i));
     });
-    for (int64_t i = 0; i < parts; ++i) offsets_[i + 1] += offsets_[i];
+    for (int64_t i = 0; i < shards; ++i) offsets_[i + 1] += offsets_[i];
   }
 
   int64_t total() const { return offsets_.back(); }
-  int64_t parts() const { return static_cast<int64_t>(offsets_.size()) - 1; }
-  int64_t part_size() const { return part_size_; }
-  int64_t begin(int64_t part) const { return part * part_size_; }
-  int64_t end(int64_t part) const { return std::min((part + 1) * part_size_, entries(mask_.layout)); }
-  int64_t offset(int64_t part) const { return offsets_[part]; }
-  int64_t frozen(int64_t part) const { return offsets_[part + 1] - offsets_[part]; }
+  int64_t shards() const { return static_cast<int64_t>(offsets_.size()) - 1; }
+  int64_t shard_size() const { return shard_size_; }
+  int64_t begin(int64_t shard) const { return shard * shard_size_; }
+  int64_t end(int64_t shard) const { return std::min((shard + 1) * shard_size_, entries(mask_.layout)); }
+  int64_t offset(int64_t shard) const { return offsets_[shard]; }
+  int64_t frozen(int64_t shard) const { return offsets_[shard + 1] - offsets_[shard]; }
 
  private:
   MaskView mask_;
-  int64_t part_size_;
+  int64_t shard_size_;
   std::vector<int64_t> offsets_;
 };
 
-void ForEachPart(OpKernelContext* ctx, const FrozenCount& frozen, int64_t width,
-                 const std::function<void(int64_t)>& work) {
-  ParallelFor(ctx, frozen.parts(), std::max<int64_t>(frozen.part_size() * width / 8, 1),
+void ForEachShard(OpKernelContext* ctx, const FrozenShards& frozen, int64_t width,
+                  const std::function<void(int64_t)>& work) {
+  ParallelFor(ctx, frozen.shards(), std::max<int64_t>(frozen.shard_size() * width / 8, 1),
               [&](int64_t first, int64_t last) {
-                for (int64_t part = first; part < last; ++part) work(part);
+                for (int64_t shard = first; shard < last; ++shard) work(shard);
               });
 }
 
-class RememberFrozenOp : public VariableOp {
+class CpuFrozenEntriesOp : public FrozenEntriesOp {
  public:
-  using VariableOp::VariableOp;
+  using FrozenEntriesOp::FrozenEntriesOp;
+
+ protected:
+  // Before entries are counted, which takes as long as the layout says: it must be that of something in memory. The
+  // variable's lock is not held, and what is checked may change until it is.
+  absl::Status CheckSize(tensorflow::Var* variable) const {
+    tensorflow::tf_shared_lock lock(*variable->mu());
+    return CheckVariable(variable);
+  }
+};
+
+class RememberFrozenOp : public CpuFrozenEntriesOp {
+ public:
+  using CpuFrozenEntriesOp::CpuFrozenEntriesOp;
 
   void Compute(OpKernelContext* ctx) override {
-    const Tensor& mask_tensor = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckMask(mask_tensor, layout_));
-    tensorflow::core::RefCountPtr<Var> variable;
-    OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
+    OP_REQUIRES_OK(ctx, CheckFrozenMask(ctx, layout_));
+    VarPtr variable;
+    OP_REQUIRES_OK(ctx, LookUp(ctx, 0, &variable));
     OP_REQUIRES_OK(ctx, CheckSize(variable.get()));
-    const MaskView mask = ViewOf(mask_tensor, layout_);
-    const FrozenCount frozen(ctx, mask);
+    const MaskView mask = ViewOf(ctx->input(1), layout_);
+    const FrozenShards frozen(ctx, mask);
 
     tensorflow::tf_shared_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
@@ -100,26 +111,25 @@ class RememberFrozenOp : public VariableOp {
     if (frozen.total() == 0) return;
     const void* from = value.data();
     void* to = snapshot->data();
-    const auto gather = cpu_kernels().gather_frozen[width_index(width_)];
-    ForEachPart(ctx, frozen, width_, [&](int64_t part) {
-      gather(At(to, frozen.offset(part), width_), frozen.frozen(part), At(from, frozen.begin(part), width_), mask,
-             frozen.begin(part), frozen.end(part));
+    const auto gather = cpu::kernels().gather_frozen;
+    ForEachShard(ctx, frozen, width_, [&](int64_t shard) {
+      gather(width_, At(to, frozen.offset(shard), width_), frozen.frozen(shard), At(from, frozen.begin(shard), width_),
+             mask, frozen.begin(shard), frozen.end(shard));
     });
   }
 };
 
-class RestoreFrozenOp : public VariableOp {
+class RestoreFrozenOp : public CpuFrozenEntriesOp {
  public:
-  using VariableOp::VariableOp;
+  using CpuFrozenEntriesOp::CpuFrozenEntriesOp;
 
   void Compute(OpKernelContext* ctx) override {
-    const Tensor& mask_tensor = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckMask(mask_tensor, layout_));
-    tensorflow::core::RefCountPtr<Var> variable;
-    OP_REQUIRES_OK(ctx, LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &variable));
+    OP_REQUIRES_OK(ctx, CheckFrozenMask(ctx, layout_));
+    VarPtr variable;
+    OP_REQUIRES_OK(ctx, LookUp(ctx, 0, &variable));
     OP_REQUIRES_OK(ctx, CheckSize(variable.get()));
-    const MaskView mask = ViewOf(mask_tensor, layout_);
-    const FrozenCount frozen(ctx, mask);
+    const MaskView mask = ViewOf(ctx->input(1), layout_);
+    const FrozenShards frozen(ctx, mask);
     const int64_t count = entries(layout_);
     const int64_t length = ctx->input(2).NumElements();
     const TensorShape snapshot_shape = ctx->input(2).shape();
@@ -136,8 +146,7 @@ class RestoreFrozenOp : public VariableOp {
     const bool full = length == count;
     if (full && old == value->data()) return;  // nobody wrote the variable meanwhile
 
-    const int index = width_index(width_);
-    const KernelTable& kernels = cpu_kernels();
+    const cpu::KernelTable& kernels = cpu::kernels();
     if (full && 2 * (count - frozen.total()) <= count && !variable->copy_on_read_mode.load()) {
       // The old buffer is taken back where nobody else can see it.
       std::unique_ptr<Tensor> taken =
@@ -146,44 +155,34 @@ class RestoreFrozenOp : public VariableOp {
       if (taken != nullptr) {
         const void* from = value->data();
         void* to = taken->data();
-        ForEachPart(ctx, frozen, width_, [&](int64_t part) {
-          if (frozen.frozen(part) == frozen.end(part) - frozen.begin(part)) return;
-          const int64_t begin = frozen.begin(part);
-          kernels.copy_trainable[index](At(to, begin, width_), At(from, begin, width_), mask, begin, frozen.end(part));
+        ForEachShard(ctx, frozen, width_, [&](int64_t shard) {
+          if (frozen.frozen(shard) == frozen.end(shard) - frozen.begin(shard)) return;
+          const int64_t begin = frozen.begin(shard);
+          kernels.copy_trainable(width_, At(to, begin, width_), At(from, begin, width_), mask, begin,
+                                 frozen.end(shard));
         });
         *value = *taken;
         return;
       }
     }
 
-    // In copy-on-read mode no read shares the buffer, otherwise one that does must not see this write.
-    if (!value->RefCountIsOne()) {
-      OP_REQUIRES_OK(ctx, Unshare(ctx, value));
-    }
+    OP_REQUIRES_OK(ctx, Unshare(ctx, value));
     void* to = value->data();
-    ForEachPart(ctx, frozen, width_, [&](int64_t part) {
-      const int64_t begin = frozen.begin(part);
-      if (frozen.frozen(part) == 0) return;
+    ForEachShard(ctx, frozen, width_, [&](int64_t shard) {
+      const int64_t begin = frozen.begin(shard);
+      if (frozen.frozen(shard) == 0) return;
       if (full) {
-        kernels.copy_frozen[index](At(to, begin, width_), At(old, begin, width_), mask, begin, frozen.end(part));
+        kernels.copy_frozen(width_, At(to, begin, width_), At(old, begin, width_), mask, begin, frozen.end(shard));
       } else {
-        kernels.scatter_frozen[index](At(to, begin, width_), At(old, frozen.offset(part), width_), frozen.frozen(part),
-                                      mask, begin, frozen.end(part));
+        kernels.scatter_frozen(width_, At(to, begin, width_), At(old, frozen.offset(shard), width_),
+                               frozen.frozen(shard), mask, begin, frozen.end(shard));
       }
     });
   }
 };
 
-#define FREEZEOPS_REGISTER(T)                                                                                     \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>RememberFrozen").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
-                          RememberFrozenOp);                                                                      \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>RestoreFrozen").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"),  \
-                          RestoreFrozenOp)
-FREEZEOPS_REGISTER(Eigen::half);
-FREEZEOPS_REGISTER(Eigen::bfloat16);
-FREEZEOPS_REGISTER(float);
-FREEZEOPS_REGISTER(double);
-#undef FREEZEOPS_REGISTER
+FREEZEOPS_REGISTER_OP("Freezeops>RememberFrozen", CPU, RememberFrozenOp);
+FREEZEOPS_REGISTER_OP("Freezeops>RestoreFrozen", CPU, RestoreFrozenOp);
 
 }  // namespace
 }  // namespace freezeops

@@ -2,14 +2,10 @@
 //
 // A snapshot is always as long as the variable, and holds nothing at trainable entries.
 
-#include <vector>
-
 #include "kernels/cuda/kernels.h"
 #include "ops/common/gpu_helpers.h"
-#include "ops/common/op_checks.h"
+#include "ops/frozen_entries/op_kernel.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
-#include "tensorflow/core/framework/types.h"
 
 namespace freezeops {
 namespace {
@@ -18,14 +14,14 @@ using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 
-class RememberFrozenGpuOp : public VariableOp {
+class RememberFrozenGpuOp : public FrozenEntriesOp {
  public:
-  using VariableOp::VariableOp;
+  using FrozenEntriesOp::FrozenEntriesOp;
 
   void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, CheckMask(ctx->input(1), layout_));
+    OP_REQUIRES_OK(ctx, CheckFrozenMask(ctx, layout_));
     VarPtr variable;
-    OP_REQUIRES_OK(ctx, LookUp(ctx, &variable));
+    OP_REQUIRES_OK(ctx, LookUp(ctx, 0, &variable));
     tensorflow::tf_shared_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
     Tensor* snapshot = nullptr;
@@ -36,19 +32,16 @@ class RememberFrozenGpuOp : public VariableOp {
   }
 };
 
-class RestoreFrozenGpuOp : public VariableOp {
+class RestoreFrozenGpuOp : public FrozenEntriesOp {
  public:
-  using VariableOp::VariableOp;
+  using FrozenEntriesOp::FrozenEntriesOp;
 
   void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, CheckMask(ctx->input(1), layout_));
+    OP_REQUIRES_OK(ctx, CheckFrozenMask(ctx, layout_));
     VarPtr variable;
-    OP_REQUIRES_OK(ctx, LookUp(ctx, &variable));
+    OP_REQUIRES_OK(ctx, LookUp(ctx, 0, &variable));
     const Tensor& snapshot = ctx->input(2);
-    OP_REQUIRES(ctx, snapshot.dims() == 1 && snapshot.NumElements() == entries(layout_),
-                InvalidArgument("snapshot must be a vector of all ", entries(layout_), " entries of layout ",
-                                LayoutString(layout_), " on a GPU: remember and restore on the same device. ",
-                                "Received: snapshot of shape ", snapshot.shape().DebugString()));
+    OP_REQUIRES_OK(ctx, CheckWholeSnapshot(ctx, layout_, "on a GPU: remember and restore on the same device"));
     tensorflow::mutex_lock lock(*variable->mu());
     OP_REQUIRES_OK(ctx, CheckVariable(variable.get()));
     Tensor* const value = variable->tensor();
@@ -59,18 +52,8 @@ class RestoreFrozenGpuOp : public VariableOp {
   }
 };
 
-#define FREEZEOPS_REGISTER(T)                                                                                        \
-  REGISTER_KERNEL_BUILDER(                                                                                           \
-      Name("Freezeops>RememberFrozen").Device(tensorflow::DEVICE_GPU).HostMemory("variable").TypeConstraint<T>("T"), \
-      RememberFrozenGpuOp);                                                                                          \
-  REGISTER_KERNEL_BUILDER(                                                                                           \
-      Name("Freezeops>RestoreFrozen").Device(tensorflow::DEVICE_GPU).HostMemory("variable").TypeConstraint<T>("T"),  \
-      RestoreFrozenGpuOp)
-FREEZEOPS_REGISTER(Eigen::half);
-FREEZEOPS_REGISTER(Eigen::bfloat16);
-FREEZEOPS_REGISTER(float);
-FREEZEOPS_REGISTER(double);
-#undef FREEZEOPS_REGISTER
+FREEZEOPS_REGISTER_OP("Freezeops>RememberFrozen", GPU, RememberFrozenGpuOp, .HostMemory("variable"));
+FREEZEOPS_REGISTER_OP("Freezeops>RestoreFrozen", GPU, RestoreFrozenGpuOp, .HostMemory("variable"));
 
 }  // namespace
 }  // namespace freezeops

@@ -2,41 +2,38 @@
 
 #include "tensorflow/core/framework/op.h"
 
-#include "ops/common/layout_attr.h"
-#include "ops/common/shape_checks.h"
-#include "ops/common/tf_compat.h"
-#include "tensorflow/core/framework/common_shape_fns.h"
+#include "ops/common/shape_functions.h"
+#include "ops/frozen_entries/inputs.h"
+#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
 namespace freezeops {
 namespace {
 
-using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
+
+absl::Status CheckVariableAndMask(InferenceContext* c, MaskLayout* layout) {
+  PartialTensorShape variable;
+  TF_RETURN_IF_ERROR(GetLayout(c, layout));
+  TF_RETURN_IF_ERROR(CheckVariable(c, *layout, &variable));
+  return CheckFrozenMask(c, *layout);
+}
 
 absl::Status RememberFrozenShape(InferenceContext* c) {
   MaskLayout layout;
-  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
-  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
-  TF_RETURN_IF_ERROR(CheckMask(c, 1, layout));
+  TF_RETURN_IF_ERROR(CheckVariableAndMask(c, &layout));
   c->set_output(0, c->Vector(InferenceContext::kUnknownDim));
   return absl::OkStatus();
 }
 
 absl::Status RestoreFrozenShape(InferenceContext* c) {
   MaskLayout layout;
-  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
-  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
-  TF_RETURN_IF_ERROR(CheckMask(c, 1, layout));
-  ShapeHandle snapshot;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &snapshot));
-  const DimensionHandle length = c->Dim(snapshot, 0);
-  if (c->ValueKnown(length) && c->Value(length) > entries(layout)) {
-    return InvalidArgument("snapshot must have at most the ", entries(layout), " entries of layout ",
-                           LayoutString(layout), ". Received: snapshot of shape ", c->DebugString(snapshot));
-  }
-  return absl::OkStatus();
+  TF_RETURN_IF_ERROR(CheckVariableAndMask(c, &layout));
+  PartialTensorShape snapshot;
+  TF_RETURN_IF_ERROR(GetShape(c, 2, &snapshot));
+  if (IsVector(snapshot) && snapshot.num_elements() <= entries(layout)) return absl::OkStatus();
+  return InvalidArgument("snapshot must be a vector of at most the ", entries(layout), " entries of layout ",
+                         LayoutString(layout), ". Received: snapshot of shape ", snapshot.DebugString());
 }
 
 }  // namespace

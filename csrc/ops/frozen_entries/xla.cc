@@ -1,12 +1,9 @@
 // XLA kernels of RememberFrozen and RestoreFrozen.
 
-#include <algorithm>
-#include <vector>
-
-#include "ops/common/op_checks.h"
 #include "ops/common/tf_compat.h"
 #include "ops/common/xla_compat.h"
 #include "ops/common/xla_helpers.h"
+#include "ops/frozen_entries/inputs.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace freezeops {
@@ -28,10 +25,9 @@ class RememberFrozenXlaOp : public XlaOpKernel {
 
   // Shapes are static here, so the snapshot is always the whole value.
   void Compile(XlaOpKernelContext* ctx) override {
-    TensorShape shape, mask_shape;
+    TensorShape shape;
     XlaOp value;
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
-    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
+    OP_REQUIRES_OK(ctx, CheckFrozenMask(ctx, layout_));
     OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
     OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
     ctx->SetOutput(0, xla::Reshape(value, {shape.num_elements()}));
@@ -50,26 +46,19 @@ class RestoreFrozenXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
-    TensorShape shape, mask_shape;
+    TensorShape shape;
     XlaOp value;
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
-    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
+    OP_REQUIRES_OK(ctx, CheckFrozenMask(ctx, layout_));
     OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(0, dtype_, &shape, &value));
     OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
-    TensorShape snapshot_shape;
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &snapshot_shape));
-    OP_REQUIRES(ctx, snapshot_shape.dims() == 1 && snapshot_shape.num_elements() == entries(layout_),
-                InvalidArgument("snapshot must be a vector of all ", entries(layout_), " entries of layout ",
-                                LayoutString(layout_),
-                                " in a function that XLA compiles: remember and restore in the same function. "
-                                "Received: snapshot of shape ",
-                                snapshot_shape.DebugString()));
+    OP_REQUIRES_OK(
+        ctx,
+        CheckWholeSnapshot(ctx, layout_, "in a function that XLA compiles: remember and restore in the same function"));
     if (entries(layout_) == 0) return;
     const xla::PrimitiveType integers = IntegersFor(dtype_);
     const XlaOp trainable = TrainableBits(ctx->Input(1), layout_, shape, integers);
     const XlaOp old = xla::BitcastConvertType(xla::Reshape(ctx->Input(2), shape.dim_sizes()), integers);
-    const XlaOp restored =
-        xla::Or(xla::And(trainable, xla::BitcastConvertType(value, integers)), xla::And(xla::Not(trainable), old));
+    const XlaOp restored = Choose(trainable, xla::BitcastConvertType(value, integers), old);
     xla::PrimitiveType type;
     OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
     OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::BitcastConvertType(restored, type)));

@@ -1,15 +1,16 @@
-// What the kernels of FusedUpdate (CPU, XLA, GPU) read from its attributes in the same way.
+// The attributes of FusedUpdate, checked against each other.
 
 #ifndef FREEZEOPS_OPS_FUSED_UPDATE_ATTRIBUTES_H_
 #define FREEZEOPS_OPS_FUSED_UPDATE_ATTRIBUTES_H_
 
-#include <cstring>
+#include <algorithm>
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/fused.h"
+#include "absl/strings/str_join.h"
+#include "kernels/common/update_rules.h"
+#include "ops/common/checks.h"
 #include "ops/common/layout_attr.h"
-#include "ops/common/op_checks.h"
 #include "tensorflow/core/framework/types.h"
 
 namespace freezeops {
@@ -21,21 +22,22 @@ inline const NamedRule* FindRule(const std::string& name) {
   return nullptr;
 }
 
-// The op's attributes, checked against each other; and where in its flat list of inputs each one is.
+// The attributes, and the position of each input in the op's flat list of inputs.
 struct FusedAttributes {
   const NamedRule* rule = nullptr;
   tensorflow::DataType dtype = tensorflow::DT_INVALID;
   std::vector<MaskLayout> layouts;  // one for each variable
   std::vector<bool> decays;         // likewise
   bool compact = false;
-  std::vector<int64_t> sparse;  // which variables have slices for gradients
-  std::vector<int64_t> masked;  // which have a mask; every entry of the others is trainable
-  std::vector<int64_t> seeded;  // which have entries that may wait to be seeded
+  std::vector<int64_t> sparse;  // the variables whose gradients are slices
+  std::vector<int64_t> masked;  // the variables with a mask; every entry of the others is trainable
+  std::vector<int64_t> seeded;  // the variables with entries that may wait to be seeded
   std::vector<int64_t> seed_slots, seed_powers;
 
+  // The number of variables.
   int count() const { return static_cast<int>(layouts.size()); }
 
-  // Positions of inputs.
+  // Positions of inputs. `number` counts the variables in `sparse`, `masked` or `seeded`.
   int variable(int i) const { return i; }
   int gradient(int i) const { return count() + i; }
   int rows(int number) const { return 2 * count() + number; }
@@ -47,127 +49,93 @@ struct FusedAttributes {
   int scalars() const { return unseeded(Size(seeded)); }
   int scales() const { return scalars() + 1; }
 
-  // For each variable its number in a list of variables, or -1.
+  // Returns for each variable its number in a list of variables, or -1.
   std::vector<int> NumberIn(const std::vector<int64_t>& list) const {
     std::vector<int> numbers(count(), -1);
     for (int i = 0; i < Size(list); ++i) numbers[list[i]] = i;
     return numbers;
   }
 
-  Seeds SeedsWith(const double* scales) const {
-    Seeds seeds = {};
-    seeds.count = Size(seed_slots);
-    for (int i = 0; i < seeds.count; ++i) {
-      seeds.slots[i] = rule->places[seed_slots[i]];
-      seeds.powers[i] = static_cast<int>(seed_powers[i]);
-      seeds.scales[i] = scales[i];
+  template <typename Context>
+  absl::Status CheckNumbers(Context* ctx) const {
+    PartialTensorShape numbers;
+    TF_RETURN_IF_ERROR(GetShape(ctx, scalars(), &numbers));
+    if (!IsVector(numbers, rule->scalars)) {
+      return InvalidArgument("scalars must be the ", rule->scalars, " of rule ", rule->name,
+                             ". Received: scalars of shape ", numbers.DebugString());
     }
-    return seeds;
+    TF_RETURN_IF_ERROR(GetShape(ctx, scales(), &numbers));
+    if (IsVector(numbers, Size(seed_slots))) return absl::OkStatus();
+    return InvalidArgument("scales must be as many as seed_slots, ", seed_slots.size(), ". Received: scales of shape ",
+                           numbers.DebugString());
   }
 
-  // What the kernels check in the same way, from shapes.
-  absl::Status CheckNumbers(const tensorflow::TensorShape& scalars_shape,
-                            const tensorflow::TensorShape& scales_shape) const {
-    if (scalars_shape.dims() != 1 || scalars_shape.dim_size(0) != rule->scalars) {
-      return InvalidArgument("scalars must be the ", rule->scalars, " of rule ", rule->name,
-                             ". Received: scalars of shape ", scalars_shape.DebugString());
-    }
-    if (scales_shape.dims() == 1 && scales_shape.dim_size(0) == Size(seed_slots)) return absl::OkStatus();
-    return InvalidArgument("scales must be as many as seed_slots, ", seed_slots.size(), ". Received: scales of shape ",
-                           scales_shape.DebugString());
+  // Checks the gradient of variable i, which has number `sparse_number` in `sparse` or -1 for a dense one, against the
+  // shape of the variable.
+  template <typename Context>
+  absl::Status CheckGradient(Context* ctx, int i, int sparse_number, const PartialTensorShape& variable) const {
+    PartialTensorShape values, named;
+    TF_RETURN_IF_ERROR(GetShape(ctx, gradient(i), &values));
+    if (sparse_number < 0) return CheckSameShape("gradient", values, "variable", variable);
+    TF_RETURN_IF_ERROR(GetShape(ctx, rows(sparse_number), &named));
+    return CheckSlicesOf(values, named, "variable", variable);
   }
+
   absl::Status CheckUnmasked(int i) const {
     if (layouts[i].kept == 1) return absl::OkStatus();
     return InvalidArgument("layout must be [1, 1, n] without a mask. Received: layout=", LayoutString(layouts[i]));
   }
 
-  // `rows` is set where the gradient is slices, whose indices are of shape `indices`; null where it is dense.
-  static absl::Status CheckGradient(const tensorflow::TensorShape& variable, const tensorflow::TensorShape& gradient,
-                                    const tensorflow::TensorShape* indices, GradientRows* rows) {
-    if (indices != nullptr) return CheckSlicesOf(gradient, *indices, "variable", variable, rows);
-    return CheckSameShape("gradient", gradient, "variable", variable);
-  }
-
-  // Of compact state, for variable i. Sets the number of entries of each of its slots.
-  absl::Status CheckIndex(int i, tensorflow::DataType offsets_dtype, const tensorflow::TensorShape& offsets_shape,
-                          tensorflow::DataType indices_dtype, const tensorflow::TensorShape& indices_shape,
+  // Compact state of variable i. Sets the number of entries of each of its slots.
+  absl::Status CheckIndex(int i, tensorflow::DataType offsets_dtype, const PartialTensorShape& offsets,
+                          tensorflow::DataType indices_dtype, const PartialTensorShape& indices,
                           int64_t* slot_size) const {
-    TF_RETURN_IF_ERROR(CheckOffsets(offsets_shape, layouts[i].kept));
-    if (offsets_dtype != tensorflow::DT_INT64) {
-      return InvalidArgument("offsets must be of dtype int64. Received: offsets of dtype ",
-                             tensorflow::DataTypeString(offsets_dtype));
+    TF_RETURN_IF_ERROR(CheckOffsets(offsets, layouts[i].kept));
+    TF_RETURN_IF_ERROR(CheckDtype("offsets", offsets_dtype, tensorflow::DT_INT64, offsets));
+    const bool integers = indices_dtype == tensorflow::DT_INT32 || indices_dtype == tensorflow::DT_UINT32 ||
+                          indices_dtype == tensorflow::DT_INT64;
+    if (!integers) {
+      return InvalidArgument("indices must be of dtype int32, uint32 or int64. Received: indices of dtype ",
+                             tensorflow::DataTypeString(indices_dtype), " and shape ", indices.DebugString());
     }
-    return CheckIndices(indices_dtype, indices_shape, layouts[i], slot_size);
+    return CheckIndices(indices, layouts[i], slot_size);
   }
 
   static int Size(const std::vector<int64_t>& list) { return static_cast<int>(list.size()); }
-
-  // All but the dtype as numbers, and back: for kernels that XLA calls.
-  std::vector<int64_t> Encoded() const {
-    std::vector<int64_t> numbers = {rule - kNamedRules, count(),      compact,         Size(sparse),
-                                    Size(masked),       Size(seeded), Size(seed_slots)};
-    for (const MaskLayout& layout : layouts) {
-      numbers.insert(numbers.end(), {layout.outer, layout.kept, layout.inner});
-    }
-    numbers.insert(numbers.end(), decays.begin(), decays.end());
-    for (const auto* list : {&sparse, &masked, &seeded, &seed_slots, &seed_powers}) {
-      numbers.insert(numbers.end(), list->begin(), list->end());
-    }
-    return numbers;
-  }
-  static FusedAttributes Decoded(const int64_t* numbers) {
-    FusedAttributes decoded;
-    decoded.rule = kNamedRules + numbers[0];
-    decoded.compact = numbers[2] != 0;
-    const int64_t* next = numbers + 7;
-    for (int64_t i = 0; i < numbers[1]; ++i, next += 3) decoded.layouts.push_back({next[0], next[1], next[2]});
-    decoded.decays.assign(next, next + numbers[1]);
-    next += numbers[1];
-    const auto read = [&next](std::vector<int64_t>* list, int64_t size) {
-      list->assign(next, next + size);
-      next += size;
-    };
-    read(&decoded.sparse, numbers[3]);
-    read(&decoded.masked, numbers[4]);
-    read(&decoded.seeded, numbers[5]);
-    read(&decoded.seed_slots, numbers[6]);
-    read(&decoded.seed_powers, numbers[6]);
-    return decoded;
-  }
 };
 
-inline FusedType FusedTypeOf(tensorflow::DataType dtype) {
-  switch (dtype) {
-    case tensorflow::DT_HALF:
-      return kFloat16;
-    case tensorflow::DT_BFLOAT16:
-      return kBfloat16;
-    case tensorflow::DT_FLOAT:
-      return kFloat32;
-    default:
-      return kFloat64;
+// --- Reading the attributes
+
+// Checks that a list of variables ascends and has as many as the op has inputs for them.
+inline absl::Status CheckPositions(const char* name, const std::vector<int64_t>& list, int32_t length, int32_t count) {
+  int64_t last = -1;
+  bool ascends = static_cast<int32_t>(list.size()) == length;
+  for (const int64_t i : list) {
+    ascends = ascends && i > last && i < count;
+    last = i;
   }
+  if (ascends) return absl::OkStatus();
+  return InvalidArgument(name, " must be ", length, " ascending positions of variables. Received: ", name, "=[",
+                         absl::StrJoin(list, ", "), "]");
 }
 
-// Context has GetAttr (kernels, shape functions).
+inline absl::Status CheckSeeds(const FusedAttributes& a) {
+  bool fine = a.seed_slots.size() == a.seed_powers.size() && FusedAttributes::Size(a.seed_slots) <= a.rule->slots;
+  for (size_t i = 0; fine && i < a.seed_slots.size(); ++i) {
+    fine = a.seed_slots[i] >= 0 && a.seed_slots[i] < a.rule->slots && (a.seed_powers[i] == 1 || a.seed_powers[i] == 2);
+  }
+  if (fine) return absl::OkStatus();
+  return InvalidArgument("seed_slots must be slots of the rule, with powers of 1 or 2. Received: seed_slots=[",
+                         absl::StrJoin(a.seed_slots, ", "), "], seed_powers=[", absl::StrJoin(a.seed_powers, ", "),
+                         "]");
+}
+
+// Reads and checks the layouts of `count` variables and which of them decay.
 template <typename Context>
-absl::Status GetFusedAttributes(Context* context, FusedAttributes* found) {
-  std::string name;
-  int32_t count = 0;
+absl::Status GetVariables(Context* context, int32_t count, FusedAttributes* found) {
   std::vector<int64_t> layouts;
-  TF_RETURN_IF_ERROR(context->GetAttr("rule", &name));
-  TF_RETURN_IF_ERROR(context->GetAttr("T", &found->dtype));
-  TF_RETURN_IF_ERROR(context->GetAttr("N", &count));
   TF_RETURN_IF_ERROR(context->GetAttr("layouts", &layouts));
   TF_RETURN_IF_ERROR(context->GetAttr("decays", &found->decays));
-  TF_RETURN_IF_ERROR(context->GetAttr("compact", &found->compact));
-  TF_RETURN_IF_ERROR(context->GetAttr("sparse", &found->sparse));
-  TF_RETURN_IF_ERROR(context->GetAttr("masked", &found->masked));
-  TF_RETURN_IF_ERROR(context->GetAttr("seeded", &found->seeded));
-  TF_RETURN_IF_ERROR(context->GetAttr("seed_slots", &found->seed_slots));
-  TF_RETURN_IF_ERROR(context->GetAttr("seed_powers", &found->seed_powers));
-  found->rule = FindRule(name);
-  if (found->rule == nullptr) return InvalidArgument("rule must be a known one. Received: rule=", name);
   if (static_cast<int32_t>(layouts.size()) != 3 * count || static_cast<int32_t>(found->decays.size()) != count) {
     return InvalidArgument("layouts and decays must have three numbers and one for each of ", count,
                            " variables. Received: ", layouts.size(), " and ", found->decays.size());
@@ -178,44 +146,41 @@ absl::Status GetFusedAttributes(Context* context, FusedAttributes* found) {
     if (found->compact) TF_RETURN_IF_ERROR(CheckDoesNotRepeat(layout));
     found->layouts.push_back(layout);
   }
-  const auto lengths = {
-      std::make_pair("sparse", std::make_pair("S", &found->sparse)),
-      std::make_pair("masked", std::make_pair("K", &found->masked)),
-      std::make_pair("seeded", std::make_pair("U", &found->seeded)),
-  };
-  for (const auto& [what, list] : lengths) {
-    int32_t length = 0;
-    TF_RETURN_IF_ERROR(context->GetAttr(list.first, &length));
-    int64_t last = -1;
-    for (const int64_t i : *list.second) {
-      if (i <= last || i >= count) last = count;
-      last = std::max(last, i);
-    }
-    if (static_cast<int32_t>(list.second->size()) != length || last >= count) {
-      return InvalidArgument(what, " must be ", length, " ascending positions of variables. Received: ", what, "=[",
-                             absl::StrJoin(*list.second, ", "), "]");
-    }
-  }
-  int32_t of_offsets = 0, of_slots = 0;
-  TF_RETURN_IF_ERROR(context->GetAttr("C", &of_offsets));
-  TF_RETURN_IF_ERROR(context->GetAttr("M", &of_slots));
-  if (of_offsets != (found->compact ? count : 0) || of_slots != count * found->rule->slots ||
-      (found->compact && static_cast<int32_t>(found->masked.size()) != count)) {
-    return InvalidArgument("slots must be ", found->rule->slots, " for each of ", count,
-                           " variables, with compact state also a mask, offsets and indices. Received: ", of_slots,
-                           " slots, ", found->masked.size(), " masks, ", of_offsets, " offsets");
-  }
-  bool fine = found->seed_slots.size() == found->seed_powers.size();
-  for (size_t i = 0; fine && i < found->seed_slots.size(); ++i) {
-    fine = found->seed_slots[i] >= 0 && found->seed_slots[i] < found->rule->slots &&
-           (found->seed_powers[i] == 1 || found->seed_powers[i] == 2);
-  }
-  if (!fine || static_cast<int>(found->seed_slots.size()) > found->rule->slots) {
-    return InvalidArgument("seed_slots must be slots of the rule, with powers of 1 or 2. Received: seed_slots=[",
-                           absl::StrJoin(found->seed_slots, ", "), "], seed_powers=[",
-                           absl::StrJoin(found->seed_powers, ", "), "]");
-  }
   return absl::OkStatus();
+}
+
+// Reads and checks all attributes. Context: one with GetAttr, of a kernel or a shape function.
+template <typename Context>
+absl::Status GetFusedAttributes(Context* context, FusedAttributes* found) {
+  std::string name;
+  int32_t count = 0, sparse = 0, masked = 0, seeded = 0, offsets = 0, slots = 0;
+  TF_RETURN_IF_ERROR(context->GetAttr("N", &count));
+  TF_RETURN_IF_ERROR(context->GetAttr("S", &sparse));
+  TF_RETURN_IF_ERROR(context->GetAttr("K", &masked));
+  TF_RETURN_IF_ERROR(context->GetAttr("U", &seeded));
+  TF_RETURN_IF_ERROR(context->GetAttr("C", &offsets));
+  TF_RETURN_IF_ERROR(context->GetAttr("M", &slots));
+  TF_RETURN_IF_ERROR(context->GetAttr("T", &found->dtype));
+  TF_RETURN_IF_ERROR(context->GetAttr("rule", &name));
+  TF_RETURN_IF_ERROR(context->GetAttr("compact", &found->compact));
+  TF_RETURN_IF_ERROR(context->GetAttr("sparse", &found->sparse));
+  TF_RETURN_IF_ERROR(context->GetAttr("masked", &found->masked));
+  TF_RETURN_IF_ERROR(context->GetAttr("seeded", &found->seeded));
+  TF_RETURN_IF_ERROR(context->GetAttr("seed_slots", &found->seed_slots));
+  TF_RETURN_IF_ERROR(context->GetAttr("seed_powers", &found->seed_powers));
+  found->rule = FindRule(name);
+  if (found->rule == nullptr) return InvalidArgument("rule must be a known one. Received: rule=", name);
+  TF_RETURN_IF_ERROR(GetVariables(context, count, found));
+  TF_RETURN_IF_ERROR(CheckPositions("sparse", found->sparse, sparse, count));
+  TF_RETURN_IF_ERROR(CheckPositions("masked", found->masked, masked, count));
+  TF_RETURN_IF_ERROR(CheckPositions("seeded", found->seeded, seeded, count));
+  if (offsets != (found->compact ? count : 0) || slots != count * found->rule->slots ||
+      (found->compact && masked != count)) {
+    return InvalidArgument("slots must be ", found->rule->slots, " for each of ", count,
+                           " variables, with compact state also a mask, offsets and indices. Received: ", slots,
+                           " slots, ", masked, " masks, ", offsets, " offsets");
+  }
+  return CheckSeeds(*found);
 }
 
 }  // namespace freezeops

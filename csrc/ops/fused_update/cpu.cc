@@ -5,7 +5,8 @@
 
 #include "kernels/cpu/parallel_fused.h"
 #include "ops/common/cpu_helpers.h"
-#include "ops/fused_update/attributes.h"
+#include "ops/common/dtypes.h"
+#include "ops/fused_update/cpu_step.h"
 #include "ops/fused_update/inputs.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
@@ -21,10 +22,10 @@ class FusedUpdateOp : public FusedOp {
 
   void Compute(OpKernelContext* ctx) override {
     const FusedAttributes& a = attributes_;
-    OP_REQUIRES_OK(ctx, CheckNumbers(ctx));
+    OP_REQUIRES_OK(ctx, a.CheckNumbers(ctx));
     std::vector<Held> held(a.count());
-    std::vector<FusedVariable> variables(a.count());
-    std::vector<Slices> slices(a.count());
+    std::vector<cpu::FusedVariable> variables(a.count());
+    std::vector<cpu::Slices> slices(a.count());
     for (int i = 0; i < a.count(); ++i) OP_REQUIRES_OK(ctx, ReadMask(ctx, i, &held[i]));
     std::vector<VarPtr> locked;
     OP_REQUIRES_OK(ctx, LookUpWritten(ctx, &locked));
@@ -35,12 +36,11 @@ class FusedUpdateOp : public FusedOp {
     for (int i = 0; i < a.count(); ++i) {
       OP_REQUIRES_OK(ctx, ReadGradient(ctx, i, held[i].rows, &slices[i], &variables[i]));
     }
-    static const uint8_t kAll = 0xff;
     for (int i = 0; i < a.count(); ++i) {
-      FusedTensor& tensor = variables[i].tensor;
+      cpu::FusedTensor& tensor = variables[i].tensor;
       tensor.variable = written[i].variable;
       std::copy_n(written[i].slots, kMostSlots, tensor.slots);
-      tensor.mask = masked_[i] < 0 ? MaskView{&kAll, a.layouts[i]} : ViewOf(held[i].mask, a.layouts[i]);
+      tensor.mask = masked_[i] < 0 ? MaskView{&kAllTrainable, a.layouts[i]} : ViewOf(held[i].mask, a.layouts[i]);
       tensor.unseeded = written[i].unseeded;
       tensor.unseeded_bytes = written[i].unseeded_bytes;
       tensor.decays = a.decays[i];
@@ -50,18 +50,15 @@ class FusedUpdateOp : public FusedOp {
       variables[i].capacity = held[i].indices.dim_size(0);
     }
 
-    FusedParts parts(*a.rule, FusedTypeOf(a.dtype), ctx->input(a.scalars()).data(),
-                     a.SeedsWith(ctx->input(a.scales()).vec<double>().data()),
-                     ctx->device()->tensorflow_cpu_worker_threads()->num_threads,
-                     [ctx](int64_t count, int64_t cycles, const std::function<void(int64_t, int64_t)>& work) {
-                       ParallelFor(ctx, count, cycles, work);
-                     });
-    OP_REQUIRES(ctx, parts.Update(variables), InvalidArgument(kOffsetsMessage));
+    cpu::ParallelFused parallel(*a.rule, FloatOf(a.dtype), ctx->input(a.scalars()).data(),
+                                SeedsOf(a, ctx->input(a.scales()).vec<double>().data()),
+                                ctx->device()->tensorflow_cpu_worker_threads()->num_threads, ParallelForOf(ctx));
+    OP_REQUIRES(ctx, parallel.Update(variables), InvalidArgument(kOffsetsMessage));
   }
 
  private:
-  absl::Status ReadGradient(OpKernelContext* ctx, int i, const GradientRows& rows, Slices* slices,
-                            FusedVariable* variable) const {
+  absl::Status ReadGradient(OpKernelContext* ctx, int i, const GradientRows& rows, cpu::Slices* slices,
+                            cpu::FusedVariable* variable) const {
     const Tensor& gradient = ctx->input(attributes_.gradient(i));
     if (sparse_[i] < 0) {
       variable->tensor.gradient = gradient.data();
@@ -82,15 +79,7 @@ class FusedUpdateOp : public FusedOp {
   }
 };
 
+FREEZEOPS_REGISTER_OP("Freezeops>FusedUpdate", CPU, FusedUpdateOp);
+
 }  // namespace
-
-#define FREEZEOPS_REGISTER(T)                                                                                  \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>FusedUpdate").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
-                          FusedUpdateOp)
-FREEZEOPS_REGISTER(Eigen::half);
-FREEZEOPS_REGISTER(Eigen::bfloat16);
-FREEZEOPS_REGISTER(float);
-FREEZEOPS_REGISTER(double);
-#undef FREEZEOPS_REGISTER
-
 }  // namespace freezeops

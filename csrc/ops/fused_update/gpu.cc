@@ -22,7 +22,7 @@ class FusedUpdateGpuOp : public FusedOp {
 
   void Compute(OpKernelContext* ctx) override {
     const FusedAttributes& a = attributes_;
-    OP_REQUIRES_OK(ctx, CheckNumbers(ctx));
+    OP_REQUIRES_OK(ctx, a.CheckNumbers(ctx));
     std::vector<Held> held(a.count());
     for (int i = 0; i < a.count(); ++i) {
       OP_REQUIRES_OK(ctx, ReadMask(ctx, i, &held[i]));
@@ -61,7 +61,7 @@ class FusedUpdateGpuOp : public FusedOp {
     step.scales = ctx->input(a.scales()).flat<double>().data();
     step.seeds = FusedAttributes::Size(a.seed_slots);
     for (int i = 0; i < step.seeds; ++i) {
-      step.seed_slots[i] = a.rule->places[a.seed_slots[i]];
+      step.seed_slots[i] = a.rule->slot_positions[a.seed_slots[i]];
       step.seed_powers[i] = static_cast<int>(a.seed_powers[i]);
     }
     OP_REQUIRES_OK(
@@ -97,28 +97,20 @@ class FusedUpdateGpuOp : public FusedOp {
     // Keras's SGD multiplies slices by the learning rate before it sums them.
     const char* const scalars = static_cast<const char*>(ctx->input(a.scalars()).data());
     const void* const rate = scalars + kRate * tensorflow::DataTypeSize(a.dtype);
-    return Launched(ctx, cuda::sum_slices(FloatOf(a.dtype), sums, named.flat<int64_t>().data(), rows.count,
-                                          gradient.data(), a.rule->rule == Rule::kSgd ? rate : nullptr, StreamOf(ctx)));
+    return Launched(ctx,
+                    cuda::sum_slices(FloatOf(a.dtype), sums, named.flat<int64_t>().data(), rows.count, gradient.data(),
+                                     a.rule->rule == UpdateRule::kSgd ? rate : nullptr, StreamOf(ctx)));
   }
 };
 
 // Handles alone are on the host.
-#define FREEZEOPS_REGISTER(T)                                 \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>FusedUpdate")       \
-                              .Device(tensorflow::DEVICE_GPU) \
-                              .HostMemory("variables")        \
-                              .HostMemory("slots")            \
-                              .HostMemory("masks")            \
-                              .HostMemory("offsets")          \
-                              .HostMemory("indices")          \
-                              .HostMemory("unseeded")         \
-                              .TypeConstraint<T>("T"),        \
-                          FusedUpdateGpuOp)
-FREEZEOPS_REGISTER(Eigen::half);
-FREEZEOPS_REGISTER(Eigen::bfloat16);
-FREEZEOPS_REGISTER(float);
-FREEZEOPS_REGISTER(double);
-#undef FREEZEOPS_REGISTER
+FREEZEOPS_REGISTER_OP("Freezeops>FusedUpdate", GPU, FusedUpdateGpuOp,
+                      .HostMemory("variables")
+                          .HostMemory("slots")
+                          .HostMemory("masks")
+                          .HostMemory("offsets")
+                          .HostMemory("indices")
+                          .HostMemory("unseeded"));
 
 }  // namespace
 }  // namespace freezeops

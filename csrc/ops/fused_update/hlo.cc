@@ -9,7 +9,6 @@
 #include <array>
 #include <functional>
 #include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,13 +22,13 @@ using ::tensorflow::TensorShape;
 using ::tensorflow::XlaOpKernelContext;
 using ::xla::XlaOp;
 
-// A value of update_rules.h: a tensor, or a scalar that all of its entries meet.
+// A value as update_rules.h takes it: a tensor, or a scalar, which is broadcast.
 struct Expression {
   Expression() = default;
   Expression(XlaOp value) : op(value) {}  // NOLINT(runtime/explicit)
   Expression(const Expression& other) : op(other.op) {}
-  // What is calculated from a new slot is so from that which is stored, with the old values of frozen entries: else XLA
-  // calculates it again from the old slot, and copies that, for it is overwritten meanwhile.
+  // A new slot is used as it is stored, with the old values of frozen entries: otherwise XLA calculates it again from
+  // the old slot, of which it makes a copy, as that is overwritten.
   Expression& operator=(const Expression& other) {
     op = stored ? stored(other.op) : other.op;
     return *this;
@@ -54,20 +53,7 @@ void UpdateEntries(const NamedRule& rule, bool decays, const Expression* scalars
   const auto update = [&](auto kind) {
     update_entry<decltype(kind)::value>(rule.flags, decays, scalars, variable, gradient, square, slots);
   };
-  switch (rule.rule) {
-    case Rule::kSgd:
-      return update(std::integral_constant<Rule, Rule::kSgd>());
-    case Rule::kAdam:
-      return update(std::integral_constant<Rule, Rule::kAdam>());
-    case Rule::kNadam:
-      return update(std::integral_constant<Rule, Rule::kNadam>());
-    case Rule::kRmsprop:
-      return update(std::integral_constant<Rule, Rule::kRmsprop>());
-    case Rule::kAdagrad:
-      return update(std::integral_constant<Rule, Rule::kAdagrad>());
-    case Rule::kLion:
-      return update(std::integral_constant<Rule, Rule::kLion>());
-  }
+  with_rule(rule.rule, update);
 }
 
 // Bytes joined along axes.
@@ -90,7 +76,7 @@ XlaOp PackedBits(XlaOp all, int64_t size) {
   return Union(xla::ShiftLeft(xla::Reshape(ones, {bytes, 8}), shifts), {1});
 }
 
-// The update of one variable.
+// The update of one variable. Calls come in this order: Read; SeedOperands, WhoIsSeeded and Seed if may_wait; Write.
 class VariableUpdate {
  public:
   VariableUpdate(XlaOpKernelContext* ctx, const FusedAttributes& attributes, int i)
@@ -103,7 +89,7 @@ class VariableUpdate {
         seeded_(attributes.NumberIn(attributes.seeded)[i]),
         integers_(IntegersFor(attributes.dtype)) {}
 
-  // Reads all that the update is of. Dtypes and shapes have been checked, see xla.cc.
+  // Reads all operands. Dtypes and shapes have been checked, see xla.cc.
   absl::Status Read() {
     TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(a_.dtype, &type_));
     ReadScalars();
@@ -116,11 +102,11 @@ class VariableUpdate {
 
   bool empty() const { return entries(layout_) == 0 || updated_.num_elements() == 0; }
 
-  // Whether entries of it may wait to be seeded.
+  // Returns whether entries may wait to be seeded.
   bool may_wait() const { return seeded_ >= 0 && !a_.seed_slots.empty() && !empty(); }
   XlaOp unseeded() const { return unseeded_; }
 
-  // What WhoIsSeeded looks at; `unseeded` first.
+  // Returns the operands of WhoIsSeeded; `unseeded` first.
   std::vector<XlaOp> SeedOperands() const {
     std::vector<XlaOp> operands = {unseeded_, old_slots_[a_.seed_slots[0]], gradient_, ctx_->Input(a_.scales())};
     if (sparse_ >= 0) operands.push_back(square_);
@@ -129,7 +115,8 @@ class VariableUpdate {
     return operands;
   }
 
-  // From those, perhaps in another computation: bits of the entries to seed now, and of those that wait on.
+  // Returns the bits of the entries to seed now, and of those that go on waiting. The operands may be those of another
+  // computation.
   std::pair<XlaOp, XlaOp> WhoIsSeeded(const std::vector<XlaOp>& operands) const {
     auto next = operands.begin() + 4;
     const XlaOp first = operands[1], gradient = operands[2], scales = operands[3];
@@ -149,7 +136,7 @@ class VariableUpdate {
             PackedBits(xla::And(waiting, xla::Not(done)), updated_.num_elements())};
   }
 
-  // Seeds the entries of these bits, before the update.
+  // Seeds the entries of set bits, before the update.
   absl::Status Seed(XlaOp bits, XlaOp still_unseeded) {
     const XlaOp due = TrainableBits(bits, {1, updated_.num_elements(), 1}, updated_, integers_);
     for (int i = 0; i < FusedAttributes::Size(a_.seed_slots); ++i) {
@@ -163,13 +150,13 @@ class VariableUpdate {
     if (empty()) return absl::OkStatus();
     Expression value(value_), slots[kMostSlots];
     for (int j = 0; j < a_.rule->slots; ++j) {
-      Expression& slot = slots[a_.rule->places[j]];
+      Expression& slot = slots[a_.rule->slot_positions[j]];
       slot = slots_[j];
       slot.stored = [this, j](XlaOp updated) { return KeptSlot(updated, slots_[j]); };
     }
     UpdateEntries(*a_.rule, a_.decays[i_], scalars_.data(), value, gradient_, square_, slots);
     for (int j = 0; j < a_.rule->slots; ++j) {
-      const XlaOp slot = xla::Reshape(slots[a_.rule->places[j]].op, slot_shapes_[j].dim_sizes());
+      const XlaOp slot = xla::Reshape(slots[a_.rule->slot_positions[j]].op, slot_shapes_[j].dim_sizes());
       TF_RETURN_IF_ERROR(ctx_->AssignVariable(a_.slot(i_, j), a_.dtype, slot));
     }
     XlaOp written = Kept(value.op, value_);
@@ -184,7 +171,7 @@ class VariableUpdate {
     }
   }
 
-  // Dense, in the variable's shape.
+  // Sets the gradient, dense and in the variable's shape.
   absl::Status ReadGradient() {
     if (sparse_ < 0) {
       gradient_ = ctx_->Input(a_.gradient(i_));
@@ -194,7 +181,7 @@ class VariableUpdate {
     TF_RETURN_IF_ERROR(GetShape(ctx_, a_.gradient(i_), &values_shape));
     const GradientRows found = {shape_.dim_size(0), RowSize(values_shape)};
     XlaOp values = xla::Reshape(ctx_->Input(a_.gradient(i_)), {values_shape.dim_size(0), found.width});
-    if (a_.rule->rule == Rule::kSgd) {
+    if (a_.rule->rule == UpdateRule::kSgd) {
       // As Keras: by the learning rate before they are summed.
       values = xla::Mul(values, scalars_[kRate].op);
       scalars_[kRate].op = xla::ScalarLike(scalars_[kRate].op, 1);
@@ -236,8 +223,8 @@ class VariableUpdate {
     return absl::OkStatus();
   }
 
-  // Which of the indices are those of ones in the mask. The others write what is there: their slots are room, and no
-  // index of another mask must reach a frozen entry.
+  // Returns for each index whether it is that of a one in the mask. Entries of other indices keep their values: their
+  // slots are room for more, and an index that belongs to another mask must not reach a frozen entry.
   XlaOp NamesOnes(XlaOp mask, XlaOp indices) const {
     const XlaOp last = xla::ScalarLike(indices, layout_.kept - 1);
     const XlaOp bit = xla::Clamp(xla::ScalarLike(indices, 0), indices, last);
@@ -266,7 +253,7 @@ class VariableUpdate {
     return ctx_->ReadVariableInput(a_.unseeded(seeded_), tensorflow::DT_UINT8, &shape, &unseeded_);
   }
 
-  // What slot number i of seed_slots starts from, see seed_entry.h.
+  // Returns the seeds of slot number i of seed_slots, see seed_entry.h.
   XlaOp SeedOf(int64_t i, XlaOp gradient, XlaOp square, XlaOp scales) const {
     const xla::PrimitiveType wide = a_.dtype == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;
     XlaOp seed = xla::ConvertElementType(gradient, wide);
@@ -285,8 +272,8 @@ class VariableUpdate {
 
   XlaOp Kept(XlaOp updated, XlaOp old) const { return masked_ < 0 ? updated : Chosen(trainable_, updated, old); }
 
-  // Of types that are wide enough not to be calculated in others a choice among floats keeps every bit too. It makes
-  // one loop of a slot, which that of the variable reads: the loop of a conversion is calculated again where it is
+  // XLA calculates 32- and 64-bit floats in their own type, so that Select keeps every bit of them too. It makes one
+  // loop for a slot, whose result the loop of the variable reads; a conversion would be calculated again where it is
   // read.
   XlaOp KeptSlot(XlaOp updated, XlaOp old) const {
     if (masked_ < 0 || tensorflow::DataTypeSize(a_.dtype) == 2) return Kept(updated, old);
@@ -297,15 +284,15 @@ class VariableUpdate {
   const FusedAttributes& a_;
   const int i_;
   const MaskLayout layout_;
-  const int sparse_, masked_, seeded_;  // its number among those, or -1
+  const int sparse_, masked_, seeded_;  // its numbers in the attributes, or -1
   const xla::PrimitiveType integers_;
   xla::PrimitiveType type_;
   std::array<Expression, kMostScalars> scalars_;
   TensorShape shape_;  // the variable's
   XlaOp whole_;        // the variable
   TensorShape updated_;
-  XlaOp value_, gradient_, square_;  // of what is updated
-  XlaOp mask_, trainable_;           // of what is masked: packed; of what is updated, all bits set or none
+  XlaOp value_, gradient_, square_;  // of the updated entries
+  XlaOp mask_, trainable_;           // packed; of the updated entries, all bits set or none
   XlaOp indices_;                    // of compact state
   int64_t capacity_ = 0;
   std::vector<TensorShape> slot_shapes_;
@@ -313,9 +300,9 @@ class VariableUpdate {
   XlaOp unseeded_;
 };
 
-// In most steps nothing waits. Then the loops of the update meet bits that are all zero, and only where something does
-// is it looked for: one branch for all variables, for on a GPU a branch waits for the device. Without it each loop
-// would read a slot that another writes, which XLA copies first.
+// Finds the entries to seed, of all variables in one branch that is taken if any entry waits, as in few steps. One
+// branch, because on a GPU each waits for the device. Without a branch each loop would read a slot that another writes,
+// which XLA would copy first.
 absl::Status SeedTogether(xla::XlaBuilder* builder, const std::vector<VariableUpdate*>& updates) {
   const auto parameter = [](xla::XlaBuilder* branch, XlaOp tuple) -> absl::StatusOr<XlaOp> {
     TF_ASSIGN_OR_RETURN(const xla::Shape shape, tuple.builder()->GetShape(tuple));

@@ -1,5 +1,4 @@
-// What the CPU's and the GPU's kernel of FusedUpdate do in the same way: they look up variables, lock and check them,
-// all before anything is written.
+// Base of the OpKernels of FusedUpdate: variables are looked up, locked and checked before anything is written.
 
 #ifndef FREEZEOPS_OPS_FUSED_UPDATE_INPUTS_H_
 #define FREEZEOPS_OPS_FUSED_UPDATE_INPUTS_H_
@@ -8,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "ops/common/op_checks.h"
+#include "ops/common/op_kernels.h"
 #include "ops/common/tf_compat.h"
 #include "ops/fused_update/attributes.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -28,14 +27,14 @@ class FusedOp : public tensorflow::OpKernel {
   }
 
  protected:
-  // What is read alone is held as a read holds it: whoever writes it meanwhile writes to another buffer.
+  // Read-only inputs of a variable. Holding the tensors makes concurrent writers copy.
   struct Held {
-    tensorflow::Tensor mask, offsets, indices;  // without a value where the variable has none
+    tensorflow::Tensor mask, offsets, indices;  // empty where the variable has none
     int64_t slot_size;                          // entries of each slot
     GradientRows rows;                          // where the gradient is slices
   };
 
-  // Where the data is that is written.
+  // The data that is written.
   struct Written {
     void* variable;
     void* slots[kMostSlots];
@@ -43,23 +42,15 @@ class FusedOp : public tensorflow::OpKernel {
     int64_t unseeded_bytes;
   };
 
-  absl::Status CheckNumbers(tensorflow::OpKernelContext* ctx) const {
-    const FusedAttributes& a = attributes_;
-    return a.CheckNumbers(ctx->input(a.scalars()).shape(), ctx->input(a.scales()).shape());
-  }
-
-  // The mask of a variable, and with compact state what belongs to it.
+  // Reads and checks the mask of a variable and, in compact state, its offsets and indices.
   absl::Status ReadMask(tensorflow::OpKernelContext* ctx, int i, Held* held) const {
     const FusedAttributes& a = attributes_;
     const MaskLayout& layout = a.layouts[i];
     held->slot_size = entries(layout);
     if (masked_[i] < 0) return a.CheckUnmasked(i);
     TF_RETURN_IF_ERROR(ReadVariable(ctx, a.mask(masked_[i]), &held->mask));
-    if (held->mask.dtype() != tensorflow::DT_UINT8) {
-      return InvalidArgument("mask must be of dtype uint8. Received: mask of dtype ",
-                             tensorflow::DataTypeString(held->mask.dtype()));
-    }
-    TF_RETURN_IF_ERROR(CheckMask(held->mask, layout));
+    TF_RETURN_IF_ERROR(CheckDtype("mask", held->mask.dtype(), tensorflow::DT_UINT8, held->mask.shape()));
+    TF_RETURN_IF_ERROR(CheckMask(held->mask.shape(), layout));
     if (!a.compact) return absl::OkStatus();
     const tensorflow::Tensor& offsets = held->offsets;
     const tensorflow::Tensor& indices = held->indices;
@@ -70,12 +61,12 @@ class FusedOp : public tensorflow::OpKernel {
 
   static bool HasWideIndices(const Held& held) { return tensorflow::DataTypeSize(held.indices.dtype()) == 8; }
 
-  // Of each variable itself, its slots, its bits of what waits, in this order.
+  // Looks up what is written: of each variable itself, its slots, its unseeded bits, in this order.
   absl::Status LookUpWritten(tensorflow::OpKernelContext* ctx, std::vector<VarPtr>* variables) const {
     const FusedAttributes& a = attributes_;
     const auto look_up = [&](int input) {
       VarPtr variable;
-      TF_RETURN_IF_ERROR(LookupResource(ctx, tensorflow::HandleFromInput(ctx, input), &variable));
+      TF_RETURN_IF_ERROR(LookUp(ctx, input, &variable));
       variables->push_back(std::move(variable));
       return absl::OkStatus();
     };
@@ -86,7 +77,8 @@ class FusedOp : public tensorflow::OpKernel {
     }
     // Threads share out all variables at once: one that was there twice would be written by two of them.
     std::vector<tensorflow::Var*> each(variables->size());
-    std::transform(variables->begin(), variables->end(), each.begin(), [](const VarPtr& one) { return one.get(); });
+    std::transform(variables->begin(), variables->end(), each.begin(),
+                   [](const VarPtr& variable) { return variable.get(); });
     std::sort(each.begin(), each.end());
     const auto twice = std::adjacent_find(each.begin(), each.end());
     if (twice == each.end()) return absl::OkStatus();
@@ -94,9 +86,8 @@ class FusedOp : public tensorflow::OpKernel {
                            (*twice)->tensor()->shape().DebugString(), " twice");
   }
 
-  // Checks all of these, whose locks are held, and the gradients' shapes. Then gives each whose buffer a read shares
-  // one of its own by unshare(value): in copy-on-read mode no read shares the buffer, otherwise one that does must not
-  // see this write.
+  // Checks variables, whose locks are held, and the gradients' shapes. Then gives each a buffer of its own, where a
+  // read shares it, by unshare(value).
   template <typename Unshare>
   absl::Status PrepareWritten(tensorflow::OpKernelContext* ctx, const std::vector<VarPtr>& variables,
                               const Unshare& unshare, std::vector<Held>* held, std::vector<Written>* written) const {
@@ -106,9 +97,9 @@ class FusedOp : public tensorflow::OpKernel {
       const int64_t slot_size = (*held)[i].slot_size;
       const VarPtr& variable = *next++;
       TF_RETURN_IF_ERROR(CheckWritten("variable", *variable, a.dtype, entries(a.layouts[i])));
-      const tensorflow::TensorShape* const rows = sparse_[i] < 0 ? nullptr : &ctx->input(a.rows(sparse_[i])).shape();
-      TF_RETURN_IF_ERROR(
-          a.CheckGradient(variable->tensor()->shape(), ctx->input(a.gradient(i)).shape(), rows, &(*held)[i].rows));
+      const tensorflow::TensorShape& shape = variable->tensor()->shape();
+      TF_RETURN_IF_ERROR(a.CheckGradient(ctx, i, sparse_[i], shape));
+      if (sparse_[i] >= 0) (*held)[i].rows = RowsOf(shape, ctx->input(a.gradient(i)).shape());
       for (int j = 0; j < a.rule->slots; ++j) {
         TF_RETURN_IF_ERROR(CheckWritten("slot", **next++, a.dtype, slot_size));
       }
@@ -116,16 +107,13 @@ class FusedOp : public tensorflow::OpKernel {
         TF_RETURN_IF_ERROR(CheckWritten("unseeded", **next++, tensorflow::DT_UINT8, mask_bytes(slot_size)));
       }
     }
-    for (const VarPtr& variable : variables) {
-      tensorflow::Tensor* const value = variable->tensor();
-      if (!value->RefCountIsOne()) TF_RETURN_IF_ERROR(unshare(value));
-    }
+    for (const VarPtr& variable : variables) TF_RETURN_IF_ERROR(unshare(variable->tensor()));
     next = variables.begin();
     written->assign(a.count(), Written{});
     for (int i = 0; i < a.count(); ++i) {
       Written& each = (*written)[i];
       each.variable = (*next++)->tensor()->data();
-      for (int j = 0; j < a.rule->slots; ++j) each.slots[a.rule->places[j]] = (*next++)->tensor()->data();
+      for (int j = 0; j < a.rule->slots; ++j) each.slots[a.rule->slot_positions[j]] = (*next++)->tensor()->data();
       if (seeded_[i] < 0) continue;
       each.unseeded_bytes = (*next)->tensor()->NumElements();
       each.unseeded = static_cast<uint8_t*>((*next++)->tensor()->data());
@@ -134,27 +122,27 @@ class FusedOp : public tensorflow::OpKernel {
   }
 
   FusedAttributes attributes_;
-  std::vector<int> sparse_, masked_, seeded_;  // for each variable its number among those, or -1
+  std::vector<int> sparse_, masked_, seeded_;  // of each variable: its number in the attribute, or -1
 
  private:
   static absl::Status ReadVariable(tensorflow::OpKernelContext* ctx, int input, tensorflow::Tensor* value) {
     VarPtr variable;
-    TF_RETURN_IF_ERROR(LookupResource(ctx, tensorflow::HandleFromInput(ctx, input), &variable));
+    TF_RETURN_IF_ERROR(LookUp(ctx, input, &variable));
     tensorflow::tf_shared_lock lock(*variable->mu());
     *value = *variable->tensor();
     return absl::OkStatus();
   }
 
-  // Its lock is held.
-  static absl::Status CheckWritten(const char* what, tensorflow::Var& variable, tensorflow::DataType dtype,
+  // The variable's lock is held.
+  static absl::Status CheckWritten(const char* name, tensorflow::Var& variable, tensorflow::DataType dtype,
                                    int64_t size) {
     if (!variable.is_initialized || !variable.tensor()->IsInitialized()) {
       return absl::FailedPreconditionError(
-          absl::StrCat(what, " must be initialized before it is updated. Received: an uninitialized variable"));
+          absl::StrCat(name, " must be initialized before it is updated. Received: an uninitialized variable"));
     }
     const tensorflow::Tensor& value = *variable.tensor();
     if (value.dtype() == dtype && value.NumElements() == size) return absl::OkStatus();
-    return InvalidArgument(what, " must be of dtype ", tensorflow::DataTypeString(dtype), " with ", size,
+    return InvalidArgument(name, " must be of dtype ", tensorflow::DataTypeString(dtype), " with ", size,
                            " entries. Received: one of dtype ", tensorflow::DataTypeString(value.dtype()),
                            " and shape ", value.shape().DebugString());
   }

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "ops/common/shape_checks.h"
+#include "ops/common/shape_functions.h"
 #include "ops/fused_update/attributes.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
@@ -12,23 +12,18 @@ namespace freezeops {
 namespace {
 
 using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
 
 absl::Status FusedUpdateShape(InferenceContext* c) {
   FusedAttributes attributes;
   TF_RETURN_IF_ERROR(GetFusedAttributes(c, &attributes));
   const std::vector<int> sparse = attributes.NumberIn(attributes.sparse);
   for (int i = 0; i < attributes.count(); ++i) {
-    const int variable = attributes.variable(i);
-    const ShapeHandle gradient = c->input(attributes.gradient(i));
-    TF_RETURN_IF_ERROR(sparse[i] < 0 ? CheckGradientOf(c, variable, gradient) : CheckSlicesOf(c, variable, gradient));
+    tensorflow::DataType dtype;
+    PartialTensorShape variable;
+    TF_RETURN_IF_ERROR(GetVariable(c, attributes.variable(i), &dtype, &variable));
+    TF_RETURN_IF_ERROR(attributes.CheckGradient(c, i, sparse[i], variable));
   }
-  ShapeHandle scalars, scales;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(attributes.scalars()), 1, &scalars));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(attributes.scales()), 1, &scales));
-  tensorflow::shape_inference::DimensionHandle unused;
-  TF_RETURN_IF_ERROR(c->WithValue(c->Dim(scalars, 0), attributes.rule->scalars, &unused));
-  return c->WithValue(c->Dim(scales, 0), FusedAttributes::Size(attributes.seed_slots), &unused);
+  return attributes.CheckNumbers(c);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// XLA kernel of FusedUpdate. On the CPU a call of the native kernel, which writes variables and slots in place: it is
-// faster than the loops that XLA makes of the same arithmetic. Elsewhere plain HLO, see hlo.cc.
+// XLA kernel of FusedUpdate. On the CPU it calls the native kernel, which writes variables and slots in place: that is
+// faster than the loops that XLA makes of the same arithmetic. Elsewhere it is plain HLO, see hlo.cc.
 
 #include <cstdlib>
 #include <vector>
@@ -35,53 +35,48 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
  private:
   absl::Status Check(XlaOpKernelContext* ctx) const {
     const FusedAttributes& a = attributes_;
-    TensorShape scalars, scales;
-    TF_RETURN_IF_ERROR(GetShape(ctx, a.scalars(), &scalars));
-    TF_RETURN_IF_ERROR(GetShape(ctx, a.scales(), &scales));
-    TF_RETURN_IF_ERROR(a.CheckNumbers(scalars, scales));
+    TF_RETURN_IF_ERROR(a.CheckNumbers(ctx));
     const std::vector<int> sparse = a.NumberIn(a.sparse), masked = a.NumberIn(a.masked), seeded = a.NumberIn(a.seeded);
-    tensorflow::DataType dtype, offsets_dtype;
     for (int i = 0; i < a.count(); ++i) {
-      TensorShape variable, gradient, named;
-      GradientRows rows;
-      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.variable(i), &dtype, &variable));
-      TF_RETURN_IF_ERROR(GetShape(ctx, a.gradient(i), &gradient));
-      if (sparse[i] >= 0) TF_RETURN_IF_ERROR(GetShape(ctx, a.rows(sparse[i]), &named));
-      TF_RETURN_IF_ERROR(CheckEntries("variable", variable, a.layouts[i]));
-      TF_RETURN_IF_ERROR(a.CheckGradient(variable, gradient, sparse[i] < 0 ? nullptr : &named, &rows));
-      int64_t slot_size = entries(a.layouts[i]);
-      if (masked[i] < 0) {
-        TF_RETURN_IF_ERROR(a.CheckUnmasked(i));
-      } else {
-        TensorShape mask;
-        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.mask(masked[i]), &dtype, &mask));
-        TF_RETURN_IF_ERROR(CheckMask(mask, a.layouts[i]));
-      }
-      if (a.compact) {
-        TensorShape offsets, indices;
-        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.offsets(i), &offsets_dtype, &offsets));
-        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.indices(i), &dtype, &indices));
-        TF_RETURN_IF_ERROR(a.CheckIndex(i, offsets_dtype, offsets, dtype, indices, &slot_size));
-      }
-      for (int j = 0; j < a.rule->slots; ++j) {
-        TensorShape slot;
-        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.slot(i, j), &dtype, &slot));
-        TF_RETURN_IF_ERROR(CheckEntries("slot", slot, MaskLayout{1, slot_size, 1}));
-      }
-      if (seeded[i] >= 0) {
-        TensorShape unseeded;
-        TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.unseeded(seeded[i]), &dtype, &unseeded));
-        TF_RETURN_IF_ERROR(CheckMask(unseeded, MaskLayout{1, slot_size, 1}));
-      }
+      TF_RETURN_IF_ERROR(CheckVariable(ctx, i, sparse[i], masked[i], seeded[i]));
     }
     return absl::OkStatus();
   }
 
-  // All is passed flat, so that there is one way only to lay it out.
+  // `sparse`, `masked`, `seeded`: the variable's numbers in the attributes, or -1.
+  absl::Status CheckVariable(XlaOpKernelContext* ctx, int i, int sparse, int masked, int seeded) const {
+    const FusedAttributes& a = attributes_;
+    const MaskLayout& layout = a.layouts[i];
+    tensorflow::DataType dtype, offsets_dtype;
+    TensorShape shape, offsets;
+    TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.variable(i), &dtype, &shape));
+    TF_RETURN_IF_ERROR(CheckEntries("variable", shape, layout));
+    TF_RETURN_IF_ERROR(a.CheckGradient(ctx, i, sparse, shape));
+    if (masked < 0) {
+      TF_RETURN_IF_ERROR(a.CheckUnmasked(i));
+    } else {
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.mask(masked), &dtype, &shape));
+      TF_RETURN_IF_ERROR(CheckMask(shape, layout));
+    }
+    int64_t slot_size = entries(layout);
+    if (a.compact) {
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.offsets(i), &offsets_dtype, &offsets));
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.indices(i), &dtype, &shape));
+      TF_RETURN_IF_ERROR(a.CheckIndex(i, offsets_dtype, offsets, dtype, shape, &slot_size));
+    }
+    for (int j = 0; j < a.rule->slots; ++j) {
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.slot(i, j), &dtype, &shape));
+      TF_RETURN_IF_ERROR(CheckEntries("slot", shape, MaskLayout{1, slot_size, 1}));
+    }
+    if (seeded < 0) return absl::OkStatus();
+    TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.unseeded(seeded), &dtype, &shape));
+    return CheckMask(shape, MaskLayout{1, slot_size, 1});
+  }
+
+  // Calls the native kernel. All is passed flat, so that there is one way only to lay it out.
   absl::Status Call(XlaOpKernelContext* ctx) {
     const FusedAttributes& a = attributes_;
-    operands_ = {xla::ConstantR1<int64_t>(ctx->builder(), a.Encoded()), ctx->Input(a.scalars()),
-                 ctx->Input(a.scales())};
+    operands_ = {xla::ConstantR1<int64_t>(ctx->builder(), Encoded(a)), ctx->Input(a.scalars()), ctx->Input(a.scales())};
     written_.clear();
     for (int i = 0; i < a.count(); ++i) {
       TF_RETURN_IF_ERROR(AddVariable(ctx, a.variable(i), a.dtype, true));
@@ -105,20 +100,14 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
       TF_RETURN_IF_ERROR(AddVariable(ctx, i, tensorflow::DT_UINT8, true));
     }
 
-    std::vector<xla::Shape> results;
-    std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place;
-    const xla::ShapeIndex whole({});
+    std::vector<CallResult> results;
     for (const Written& each : written_) {
-      in_place.push_back({xla::ShapeIndex({static_cast<int64_t>(results.size())}), {each.operand, whole}});
-      results.push_back(xla::ShapeUtil::MakeShape(each.type, {each.shape.num_elements()}));
+      results.push_back({xla::ShapeUtil::MakeShape(each.type, {each.shape.num_elements()}), each.operand});
     }
-    const XlaOp updated = xla::CustomCall(
-        ctx->builder(), kFusedCall, operands_, xla::ShapeUtil::MakeTupleShape(results), "", /*has_side_effect=*/false,
-        in_place, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    const std::vector<XlaOp> updated = CallNative(ctx->builder(), kFusedCall, operands_, results);
     for (size_t i = 0; i < written_.size(); ++i) {
       const Written& each = written_[i];
-      const XlaOp value = xla::GetTupleElement(updated, static_cast<int64_t>(i));
-      TF_RETURN_IF_ERROR(ctx->AssignVariable(each.input, each.dtype, xla::Reshape(value, each.shape.dim_sizes())));
+      TF_RETURN_IF_ERROR(ctx->AssignVariable(each.input, each.dtype, xla::Reshape(updated[i], each.shape.dim_sizes())));
     }
     return absl::OkStatus();
   }
@@ -132,8 +121,9 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
   };
 
   absl::Status AddInput(XlaOpKernelContext* ctx, int input) {
-    TF_ASSIGN_OR_RETURN(const xla::Shape shape, ctx->InputXlaShape(input));
-    operands_.push_back(xla::Reshape(ctx->Input(input), {xla::ShapeUtil::ElementsIn(shape)}));
+    TensorShape shape;
+    TF_RETURN_IF_ERROR(GetShape(ctx, input, &shape));
+    operands_.push_back(xla::Reshape(ctx->Input(input), {shape.num_elements()}));
     return absl::OkStatus();
   }
 

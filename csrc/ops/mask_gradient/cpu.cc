@@ -1,12 +1,13 @@
 // CPU kernels of MaskGradient and MaskSlices.
 
-#include <atomic>
+#include <cstring>
 
+#include "kernels/common/dtypes.h"
 #include "kernels/cpu/kernels.h"
 #include "ops/common/cpu_helpers.h"
-#include "ops/common/op_checks.h"
+#include "ops/common/op_kernels.h"
+#include "ops/mask_gradient/inputs.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
 
 namespace freezeops {
 namespace {
@@ -14,17 +15,17 @@ namespace {
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 
-class MaskGradientOp : public MaskOp {
+class MaskGradientOp : public LayoutOp {
  public:
-  using MaskOp::MaskOp;
+  using LayoutOp::LayoutOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& gradient = ctx->input(0);
     const Tensor& mask_tensor = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
+    OP_REQUIRES_OK(ctx, CheckMaskGradient(ctx, layout_));
     const int64_t count = entries(layout_);
     const MaskView mask = ViewOf(mask_tensor, layout_);
-    if (count == 0 || all_trainable(mask)) {
+    if (count == 0 || cpu::all_trainable(mask)) {
       ctx->set_output(0, gradient);
       return;
     }
@@ -33,32 +34,38 @@ class MaskGradientOp : public MaskOp {
     Tensor* masked = nullptr;
     OP_REQUIRES_OK(ctx, ctx->forward_input_or_allocate_output({0}, 0, gradient.shape(), &masked));
     void* destination = masked->data();
-    const int index = width_index(width_);
-    const KernelTable& kernels = cpu_kernels();
+    const cpu::KernelTable& kernels = cpu::kernels();
     if (destination == source) {
-      const Residence residence = ResidenceOf(count * width_);
+      const cpu::Residence residence = ResidenceOf(count * width_);
       ParallelForEntries(ctx, count, width_, [&](int64_t begin, int64_t end) {
-        kernels.zero_frozen[index](At(destination, begin, width_), mask, begin, end, residence);
+        kernels.zero_frozen(width_, At(destination, begin, width_), mask, begin, end, residence);
       });
     } else {
       ParallelForEntries(ctx, count, width_, [&](int64_t begin, int64_t end) {
-        kernels.copy_and_zero_frozen[index](At(destination, begin, width_), At(source, begin, width_), mask, begin,
-                                            end);
+        kernels.copy_and_zero_frozen(width_, At(destination, begin, width_), At(source, begin, width_), mask, begin,
+                                     end);
       });
     }
   }
 };
 
-template <typename Index>
-class MaskSlicesOp : public SlicesOp {
+class MaskSlicesOp : public LayoutOp {
  public:
-  using SlicesOp::SlicesOp;
+  explicit MaskSlicesOp(tensorflow::OpKernelConstruction* ctx) : LayoutOp(ctx) {
+    OP_REQUIRES_OK(ctx, GetSlicesAttributes(ctx, &layout_, &rows_));
+  }
 
   void Compute(OpKernelContext* ctx) override {
+    OP_REQUIRES_OK(ctx, CheckMaskSlices(ctx, layout_, rows_));
+    with_index(ctx->input(1).dtype() == tensorflow::DT_INT64, [&](auto index) { Mask<decltype(index)>(ctx); });
+  }
+
+ private:
+  template <typename Index>
+  void Mask(OpKernelContext* ctx) const {
     const Tensor& values = ctx->input(0);
     const Tensor& indices = ctx->input(1);
     const Tensor& mask_tensor = ctx->input(2);
-    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
     const int64_t row_size = RowSize(values.shape());
     // Indices are checked before anything is written, so that nothing is half done.
     const int64_t slices = indices.dim_size(0);
@@ -79,9 +86,8 @@ class MaskSlicesOp : public SlicesOp {
     void* destination = masked->data();
     const bool in_place = destination == source;
     const MaskView mask = ViewOf(mask_tensor, layout_);
-    const int index = width_index(width_);
-    const KernelTable& kernels = cpu_kernels();
-    // Where each row lies under one bit, that bit is all there is to look at.
+    const cpu::KernelTable& kernels = cpu::kernels();
+    // Where each row lies under one bit, only that bit is looked at.
     const bool bit_per_row = layout_.inner % row_size == 0;
     const int64_t cycles_per_row = 20 + row_size * width_ / 8;
     ParallelFor(ctx, slices, cycles_per_row, [&](int64_t first, int64_t last) {
@@ -96,33 +102,19 @@ class MaskSlicesOp : public SlicesOp {
             std::memcpy(to, from, row_size * width_);
           }
         } else if (in_place) {
-          kernels.zero_frozen[index](to, mask, begin, begin + row_size, Residence::kCache);
+          kernels.zero_frozen(width_, to, mask, begin, begin + row_size, cpu::Residence::kCache);
         } else {
-          kernels.copy_and_zero_frozen[index](to, from, mask, begin, begin + row_size);
+          kernels.copy_and_zero_frozen(width_, to, from, mask, begin, begin + row_size);
         }
       }
     });
   }
+
+  int64_t rows_ = 0;
 };
 
-#define FREEZEOPS_REGISTER(T)                                                                                   \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>MaskGradient").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
-                          MaskGradientOp);                                                                      \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>MaskSlices")                                                          \
-                              .Device(tensorflow::DEVICE_CPU)                                                   \
-                              .TypeConstraint<T>("T")                                                           \
-                              .TypeConstraint<int32_t>("Tindices"),                                             \
-                          MaskSlicesOp<int32_t>);                                                               \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>MaskSlices")                                                          \
-                              .Device(tensorflow::DEVICE_CPU)                                                   \
-                              .TypeConstraint<T>("T")                                                           \
-                              .TypeConstraint<int64_t>("Tindices"),                                             \
-                          MaskSlicesOp<int64_t>)
-FREEZEOPS_REGISTER(Eigen::half);
-FREEZEOPS_REGISTER(Eigen::bfloat16);
-FREEZEOPS_REGISTER(float);
-FREEZEOPS_REGISTER(double);
-#undef FREEZEOPS_REGISTER
+FREEZEOPS_REGISTER_OP("Freezeops>MaskGradient", CPU, MaskGradientOp);
+FREEZEOPS_REGISTER_OP("Freezeops>MaskSlices", CPU, MaskSlicesOp);
 
 }  // namespace
 }  // namespace freezeops

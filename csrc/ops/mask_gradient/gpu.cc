@@ -2,13 +2,11 @@
 //
 // MaskGradient of a mask of ones copies where it may not work in place. Indices that are out of range are not reported.
 
-#include <vector>
-
 #include "kernels/cuda/kernels.h"
 #include "ops/common/gpu_helpers.h"
-#include "ops/common/op_checks.h"
+#include "ops/common/op_kernels.h"
+#include "ops/mask_gradient/inputs.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/framework/types.h"
 
 namespace freezeops {
@@ -16,15 +14,14 @@ namespace {
 
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
 
-class MaskGradientGpuOp : public MaskOp {
+class MaskGradientGpuOp : public LayoutOp {
  public:
-  using MaskOp::MaskOp;
+  using LayoutOp::LayoutOp;
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& gradient = ctx->input(0);
-    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
+    OP_REQUIRES_OK(ctx, CheckMaskGradient(ctx, layout_));
     const void* source = gradient.data();
     Tensor* masked = nullptr;
     OP_REQUIRES_OK(ctx, ctx->forward_input_or_allocate_output({0}, 0, gradient.shape(), &masked));
@@ -37,14 +34,16 @@ class MaskGradientGpuOp : public MaskOp {
   }
 };
 
-class MaskSlicesGpuOp : public SlicesOp {
+class MaskSlicesGpuOp : public LayoutOp {
  public:
-  using SlicesOp::SlicesOp;
+  explicit MaskSlicesGpuOp(tensorflow::OpKernelConstruction* ctx) : LayoutOp(ctx) {
+    OP_REQUIRES_OK(ctx, GetSlicesAttributes(ctx, &layout_, &rows_));
+  }
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& values = ctx->input(0);
     const Tensor& indices = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
+    OP_REQUIRES_OK(ctx, CheckMaskSlices(ctx, layout_, rows_));
     const void* source = values.data();
     Tensor* masked = nullptr;
     OP_REQUIRES_OK(ctx, ctx->forward_input_or_allocate_output({0}, 0, values.shape(), &masked));
@@ -57,18 +56,13 @@ class MaskSlicesGpuOp : public SlicesOp {
     OP_REQUIRES_OK(ctx, Launched(ctx, cuda::mask_slices(width_, masked->data(), source, slices,
                                                         ViewOf(ctx->input(2), layout_), StreamOf(ctx))));
   }
+
+ private:
+  int64_t rows_ = 0;
 };
 
-#define FREEZEOPS_REGISTER(T)                                                                                   \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>MaskGradient").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"), \
-                          MaskGradientGpuOp);                                                                   \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>MaskSlices").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"),   \
-                          MaskSlicesGpuOp)
-FREEZEOPS_REGISTER(Eigen::half);
-FREEZEOPS_REGISTER(Eigen::bfloat16);
-FREEZEOPS_REGISTER(float);
-FREEZEOPS_REGISTER(double);
-#undef FREEZEOPS_REGISTER
+FREEZEOPS_REGISTER_OP("Freezeops>MaskGradient", GPU, MaskGradientGpuOp);
+FREEZEOPS_REGISTER_OP("Freezeops>MaskSlices", GPU, MaskSlicesGpuOp);
 
 }  // namespace
 }  // namespace freezeops

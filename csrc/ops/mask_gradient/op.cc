@@ -2,10 +2,9 @@
 
 #include "tensorflow/core/framework/op.h"
 
-#include "ops/common/layout_attr.h"
-#include "ops/common/shape_checks.h"
-#include "ops/common/tf_compat.h"
-#include "tensorflow/core/framework/common_shape_fns.h"
+#include "ops/common/shape_functions.h"
+#include "ops/mask_gradient/inputs.h"
+#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
 namespace freezeops {
@@ -18,44 +17,21 @@ using ::tensorflow::shape_inference::ShapeHandle;
 absl::Status MaskGradientShape(InferenceContext* c) {
   MaskLayout layout;
   TF_RETURN_IF_ERROR(GetLayout(c, &layout));
-  TF_RETURN_IF_ERROR(CheckMask(c, 1, layout));
-  TF_RETURN_IF_ERROR(CheckEntries(c, "gradient", c->input(0), layout));
+  TF_RETURN_IF_ERROR(CheckMaskGradient(c, layout));
   c->set_output(0, c->input(0));
   return absl::OkStatus();
 }
 
 absl::Status MaskSlicesShape(InferenceContext* c) {
   MaskLayout layout;
-  TF_RETURN_IF_ERROR(GetLayout(c, &layout));
   int64_t rows;
-  TF_RETURN_IF_ERROR(c->GetAttr("rows", &rows));
-  if (rows < 0) return InvalidArgument("rows must not be negative. Received: rows=", rows);
-  TF_RETURN_IF_ERROR(CheckMask(c, 2, layout));
-  ShapeHandle values;
-  TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(0), 1, &values));
-  ShapeHandle indices;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 1, &indices));
-  DimensionHandle count;
-  if (!c->RankKnown(values)) {
-    c->set_output(0, values);
-    return absl::OkStatus();
-  }
-  if (!c->Merge(c->Dim(values, 0), c->Dim(indices, 0), &count).ok()) {
-    return InvalidArgument("values must have one row for each index. Received: values of shape ",
-                           c->DebugString(values), ", indices of shape ", c->DebugString(indices));
-  }
-  TF_RETURN_IF_ERROR(c->ReplaceDim(values, 0, count, &values));
-  ShapeHandle row;
-  TF_RETURN_IF_ERROR(c->Subshape(values, 1, &row));
-  const DimensionHandle row_size = c->NumElements(row);
-  if (c->ValueKnown(row_size)) {
-    DimensionHandle total;
-    TF_RETURN_IF_ERROR(c->Multiply(row_size, rows, &total));
-    if (c->Value(total) != entries(layout)) {
-      return InvalidArgument("rows times the size of a row must be the ", entries(layout), " entries of layout ",
-                             LayoutString(layout), ". Received: rows=", rows, ", values of shape ",
-                             c->DebugString(values));
-    }
+  TF_RETURN_IF_ERROR(GetSlicesAttributes(c, &layout, &rows));
+  TF_RETURN_IF_ERROR(CheckMaskSlices(c, layout, rows));
+  ShapeHandle values = c->input(0);
+  if (c->RankKnown(values) && c->RankKnown(c->input(1))) {
+    DimensionHandle count;
+    TF_RETURN_IF_ERROR(c->Merge(c->Dim(values, 0), c->Dim(c->input(1), 0), &count));
+    TF_RETURN_IF_ERROR(c->ReplaceDim(values, 0, count, &values));
   }
   c->set_output(0, values);
   return absl::OkStatus();

@@ -1,18 +1,14 @@
 // XLA kernels of MaskGradient and MaskSlices.
 
-#include <algorithm>
-#include <vector>
-
-#include "ops/common/op_checks.h"
 #include "ops/common/tf_compat.h"
 #include "ops/common/xla_compat.h"
 #include "ops/common/xla_helpers.h"
+#include "ops/mask_gradient/inputs.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace freezeops {
 namespace {
 
-using ::tensorflow::DataType;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::TensorShape;
 using ::tensorflow::XlaOpKernel;
@@ -26,11 +22,9 @@ class MaskGradientXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
-    TensorShape shape, mask_shape;
+    OP_REQUIRES_OK(ctx, CheckMaskGradient(ctx, layout_));
+    TensorShape shape;
     OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &shape));
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
-    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
-    OP_REQUIRES_OK(ctx, CheckEntries("gradient", shape, layout_));
     if (shape.num_elements() == 0) {
       ctx->SetOutput(0, ctx->Input(0));
       return;
@@ -48,17 +42,13 @@ class MaskGradientXlaOp : public XlaOpKernel {
 class MaskSlicesXlaOp : public XlaOpKernel {
  public:
   explicit MaskSlicesXlaOp(OpKernelConstruction* ctx) : XlaOpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, GetLayout(ctx, &layout_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("rows", &rows_));
+    OP_REQUIRES_OK(ctx, GetSlicesAttributes(ctx, &layout_, &rows_));
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
-    TensorShape values_shape, indices_shape, mask_shape;
+    OP_REQUIRES_OK(ctx, CheckMaskSlices(ctx, layout_, rows_));
+    TensorShape values_shape;
     OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &values_shape));
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &indices_shape));
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &mask_shape));
-    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout_));
-    OP_REQUIRES_OK(ctx, CheckSlices(values_shape, indices_shape, rows_, layout_));
     const int64_t row_size = RowSize(values_shape);
     if (values_shape.num_elements() == 0 || entries(layout_) == 0) {
       ctx->SetOutput(0, ctx->Input(0));
@@ -66,7 +56,7 @@ class MaskSlicesXlaOp : public XlaOpKernel {
     }
 
     xla::XlaBuilder* builder = ctx->builder();
-    const int64_t slices = indices_shape.dim_size(0);
+    const int64_t slices = values_shape.dim_size(0);
     const bool bit_per_row = layout_.inner % row_size == 0;
     const int64_t columns = bit_per_row ? 1 : row_size;
     const xla::PrimitiveType integer = entries(layout_) < (int64_t{1} << 31) ? xla::S32 : xla::S64;

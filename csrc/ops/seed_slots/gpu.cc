@@ -4,23 +4,19 @@
 
 #include "kernels/cuda/kernels.h"
 #include "ops/common/gpu_helpers.h"
-#include "ops/common/op_checks.h"
+#include "ops/seed_slots/op_kernel.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
-#include "tensorflow/core/framework/types.h"
 
 namespace freezeops {
 namespace {
 
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
 
-// Whether a bit is set is not known here, so the slots get buffers of their own wherever a read shares them.
+// The host does not know whether a bit is set, so all slots get buffers of their own where a read shares them.
 class SeedSlotsGpuOp : public SeedOp {
  public:
   explicit SeedSlotsGpuOp(tensorflow::OpKernelConstruction* ctx) : SeedOp(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
     OP_REQUIRES(
         ctx, count() <= cuda::kMostSeededSlots,
         InvalidArgument("slots must be at most ", cuda::kMostSeededSlots, " on a GPU. Received: ", count(), " slots"));
@@ -28,13 +24,12 @@ class SeedSlotsGpuOp : public SeedOp {
 
   void Compute(OpKernelContext* ctx) override {
     const Tensor& values = ctx->input(1);
-    OP_REQUIRES_OK(ctx, CheckInputs(ctx));
+    OP_REQUIRES_OK(ctx, attributes_.CheckInputs(ctx));
     std::vector<VarPtr> variables;
-    OP_REQUIRES_OK(ctx, SeedOp::LookUp(ctx, &variables));
+    OP_REQUIRES_OK(ctx, LookUpAll(ctx, &variables));
     LockAll lock(variables);
-    OP_REQUIRES_OK(ctx, CheckBits(*variables[0]->tensor()));
     GradientRows rows = {};
-    for (int i = 1; i <= count(); ++i) OP_REQUIRES_OK(ctx, CheckSlot(*variables[i]->tensor(), ctx, &rows));
+    OP_REQUIRES_OK(ctx, CheckVariables(ctx, variables, &rows));
     if (size() == 0 || values.NumElements() == 0) return;
     for (const VarPtr& variable : variables) OP_REQUIRES_OK(ctx, UnshareOnGpu(ctx, variable->tensor()));
 
@@ -55,23 +50,9 @@ class SeedSlotsGpuOp : public SeedOp {
     }
     OP_REQUIRES_OK(ctx, Launched(ctx, cuda::seed_slots(FloatOf(dtype_), arguments, StreamOf(ctx))));
   }
-
- private:
-  tensorflow::DataType dtype_;
 };
 
-#define FREEZEOPS_REGISTER(T)                                 \
-  REGISTER_KERNEL_BUILDER(Name("Freezeops>SeedSlots")         \
-                              .Device(tensorflow::DEVICE_GPU) \
-                              .HostMemory("unseeded")         \
-                              .HostMemory("slots")            \
-                              .TypeConstraint<T>("T"),        \
-                          SeedSlotsGpuOp)
-FREEZEOPS_REGISTER(Eigen::half);
-FREEZEOPS_REGISTER(Eigen::bfloat16);
-FREEZEOPS_REGISTER(float);
-FREEZEOPS_REGISTER(double);
-#undef FREEZEOPS_REGISTER
+FREEZEOPS_REGISTER_OP("Freezeops>SeedSlots", GPU, SeedSlotsGpuOp, .HostMemory("unseeded").HostMemory("slots"));
 
 }  // namespace
 }  // namespace freezeops

@@ -2,33 +2,20 @@
 
 #include "tensorflow/core/framework/op.h"
 
-#include "ops/common/layout_attr.h"
-#include "ops/common/shape_checks.h"
-#include "ops/common/tf_compat.h"
-#include "tensorflow/core/framework/common_shape_fns.h"
+#include "ops/common/shape_functions.h"
+#include "ops/seed_slots/inputs.h"
+#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
 namespace freezeops {
 namespace {
 
-using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
 
 absl::Status SeedSlotsShape(InferenceContext* c) {
   SeedAttributes attributes;
   TF_RETURN_IF_ERROR(GetSeedAttributes(c, &attributes));
-  ShapeHandle scales, indices;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &indices));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 1, &scales));
-  DimensionHandle unused;
-  TF_RETURN_IF_ERROR(c->WithValue(c->Dim(scales, 0), attributes.count(), &unused));
-  if (attributes.sparse) {
-    ShapeHandle values;
-    TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(1), 1, &values));
-    return c->Merge(c->Dim(values, 0), c->Dim(indices, 0), &unused);
-  }
-  return CheckEntries(c, "values", c->input(1), MaskLayout{1, attributes.size, 1});
+  return attributes.CheckInputs(c);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What XLA calls on the CPU to seed slots: as part of the optimizer's loops seeding slows them down; called, it ends
-// where it sees that nothing waits.
+// The native kernel that XLA calls on the CPU to seed slots: seeding in the optimizer's loops slows them down; called,
+// it ends where it sees that nothing waits.
 //
 // Operands of freezeops_seed_slots: unseeded, gradient, scales, powers, slots...; the results are unseeded and the
 // slots.
@@ -11,28 +11,30 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/common/seed_entry.h"
+#include "kernels/common/dtypes.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/seed_slots.h"
 #include "ops/common/xla_cpu_pool.h"
-#include "tensorflow/core/framework/numeric_types.h"
 
 namespace freezeops {
 namespace {
 
 namespace ffi = ::xla::ffi;
 
-template <typename T, typename Acc>
+template <Float kType>
 void Seed(ffi::ThreadPool pool, ffi::AnyBuffer unseeded, ffi::AnyBuffer gradient, ffi::AnyBuffer scales,
           ffi::AnyBuffer powers, const std::vector<void*>& slots) {
-  std::vector<SlotSeed<T, Acc>> seeds;
+  using Entry = typename EntryOf<kType>::Type;
+  using Acc = typename EntryOf<kType>::Acc;
+  std::vector<SlotSeed<kType>> seeds;
   for (size_t i = 0; i < slots.size(); ++i) {
-    seeds.push_back({static_cast<T*>(slots[i]), static_cast<Acc>(static_cast<double*>(scales.untyped_data())[i]),
+    seeds.push_back({static_cast<Entry*>(slots[i]), static_cast<Acc>(static_cast<double*>(scales.untyped_data())[i]),
                      static_cast<int>(static_cast<int64_t*>(powers.untyped_data())[i])});
   }
   const int64_t size = gradient.element_count();
   ParallelFor(pool, unseeded.element_count(), 16, [&](int64_t first, int64_t last) {
-    SeedRange(static_cast<uint8_t*>(unseeded.untyped_data()), seeds.data(), static_cast<int>(seeds.size()),
-              static_cast<const T*>(gradient.untyped_data()), first * 8, std::min(last * 8, size));
+    cpu::SeedRange(static_cast<uint8_t*>(unseeded.untyped_data()), seeds,
+                   static_cast<const Entry*>(gradient.untyped_data()), first * 8, std::min(last * 8, size));
   });
 }
 
@@ -49,20 +51,9 @@ ffi::Error SeedSlots(ffi::ThreadPool pool, ffi::AnyBuffer unseeded, ffi::AnyBuff
   }
   // As in every step but those after an unfreezing: no bit is set.
   const uint8_t* const bits = static_cast<const uint8_t*>(unseeded.untyped_data());
-  if (cpu_kernels().count_ones(bits, 0, unseeded.element_count() * 8) == 0) return ffi::Error::Success();
-  switch (gradient.element_type()) {
-    case ffi::DataType::F16:
-      Seed<Eigen::half, float>(pool, unseeded, gradient, scales, powers, data);
-      break;
-    case ffi::DataType::BF16:
-      Seed<Eigen::bfloat16, float>(pool, unseeded, gradient, scales, powers, data);
-      break;
-    case ffi::DataType::F32:
-      Seed<float, float>(pool, unseeded, gradient, scales, powers, data);
-      break;
-    default:
-      Seed<double, double>(pool, unseeded, gradient, scales, powers, data);
-  }
+  if (cpu::kernels().count_ones(bits, 0, unseeded.element_count() * 8) == 0) return ffi::Error::Success();
+  with_float(FloatOf(gradient.element_type()),
+             [&](auto type) { Seed<decltype(type)::value>(pool, unseeded, gradient, scales, powers, data); });
   return ffi::Error::Success();
 }
 

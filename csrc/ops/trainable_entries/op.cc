@@ -1,73 +1,70 @@
-// Definitions of GatherTrainable, ReadTrainable, TakeTrainable, ScatterTrainable and RankTrainable.
+// Definitions of the ops of compact state: GatherTrainable, ReadTrainable, TakeTrainable, ScatterTrainable and
+// RankTrainable.
 
 #include "tensorflow/core/framework/op.h"
 
-#include "ops/common/layout_attr.h"
-#include "ops/common/shape_checks.h"
-#include "ops/common/tf_compat.h"
-#include "tensorflow/core/framework/common_shape_fns.h"
+#include "ops/common/shape_functions.h"
+#include "ops/trainable_entries/inputs.h"
+#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
 namespace freezeops {
 namespace {
 
-using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
+
+// Sets outputs 0 to `outputs` - 1 to the shape of what is compact. Inputs `first` and on are as for CheckTrainable.
+absl::Status SetCompact(InferenceContext* c, int first, const MaskLayout& layout, int outputs) {
+  int64_t size;
+  TF_RETURN_IF_ERROR(CheckTrainable(c, first, layout, &size));
+  const auto shape = c->Vector(size < 0 ? InferenceContext::kUnknownDim : size);
+  for (int i = 0; i < outputs; ++i) c->set_output(i, shape);
+  return absl::OkStatus();
+}
 
 absl::Status GatherTrainableShape(InferenceContext* c) {
   MaskLayout layout;
-  ShapeHandle compact;
+  PartialTensorShape source;
   TF_RETURN_IF_ERROR(GetLayout(c, &layout));
-  TF_RETURN_IF_ERROR(CheckEntries(c, "source", c->input(0), layout));
-  TF_RETURN_IF_ERROR(CheckTrainable(c, 1, layout, &compact));
-  c->set_output(0, compact);
-  return absl::OkStatus();
+  TF_RETURN_IF_ERROR(GetShape(c, 0, &source));
+  TF_RETURN_IF_ERROR(CheckEntries("source", source, layout));
+  return SetCompact(c, 1, layout, 1);
 }
 
 absl::Status ReadTrainableShape(InferenceContext* c) {
   MaskLayout layout;
-  ShapeHandle compact;
+  PartialTensorShape variable;
   TF_RETURN_IF_ERROR(GetLayout(c, &layout));
-  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
-  TF_RETURN_IF_ERROR(CheckTrainable(c, 1, layout, &compact));
-  c->set_output(0, compact);
-  return absl::OkStatus();
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout, &variable));
+  return SetCompact(c, 1, layout, 1);
 }
 
 absl::Status TakeTrainableShape(InferenceContext* c) {
   MaskLayout layout;
-  ShapeHandle compact;
+  PartialTensorShape variable, gradient;
   TF_RETURN_IF_ERROR(GetLayout(c, &layout));
-  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
-  TF_RETURN_IF_ERROR(CheckGradientOf(c, 0, c->input(1)));
-  TF_RETURN_IF_ERROR(CheckEntries(c, "gradient", c->input(1), layout));
-  TF_RETURN_IF_ERROR(CheckTrainable(c, 2, layout, &compact));
-  c->set_output(0, compact);
-  c->set_output(1, compact);
-  return absl::OkStatus();
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout, &variable));
+  TF_RETURN_IF_ERROR(GetShape(c, 1, &gradient));
+  TF_RETURN_IF_ERROR(CheckSameShape("gradient", gradient, "variable", variable));
+  TF_RETURN_IF_ERROR(CheckEntries("gradient", gradient, layout));
+  return SetCompact(c, 2, layout, 2);
 }
 
 absl::Status ScatterTrainableShape(InferenceContext* c) {
   MaskLayout layout;
-  ShapeHandle compact;
+  PartialTensorShape variable, compact;
+  int64_t size;
   TF_RETURN_IF_ERROR(GetLayout(c, &layout));
-  TF_RETURN_IF_ERROR(CheckVariable(c, layout));
-  TF_RETURN_IF_ERROR(CheckTrainable(c, 2, layout, &compact));
-  const DimensionHandle given = c->NumElements(c->input(1));
-  const DimensionHandle wanted = c->Dim(compact, 0);
-  if (c->ValueKnown(given) && c->ValueKnown(wanted) && c->Value(given) != c->Value(wanted)) {
-    return InvalidArgument("compact must have the ", c->Value(wanted),
-                           " entries of the indices. Received: compact of shape ", c->DebugString(c->input(1)));
-  }
-  return absl::OkStatus();
+  TF_RETURN_IF_ERROR(CheckVariable(c, layout, &variable));
+  TF_RETURN_IF_ERROR(CheckTrainable(c, 2, layout, &size));
+  TF_RETURN_IF_ERROR(GetShape(c, 1, &compact));
+  return CheckCompact(compact, size);
 }
 
 absl::Status RankTrainableShape(InferenceContext* c) {
-  int64_t kept;
-  ShapeHandle unused;
+  int64_t kept, size;
   TF_RETURN_IF_ERROR(GetKept(c, &kept));
-  TF_RETURN_IF_ERROR(CheckTrainable(c, 1, MaskLayout{1, kept, 1}, &unused));
+  TF_RETURN_IF_ERROR(CheckTrainable(c, 1, MaskLayout{1, kept, 1}, &size));
   c->set_output(0, c->input(0));
   return absl::OkStatus();
 }

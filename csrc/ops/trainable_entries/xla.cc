@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "ops/common/op_checks.h"
 #include "ops/common/tf_compat.h"
 #include "ops/common/xla_compat.h"
 #include "ops/common/xla_helpers.h"
+#include "ops/trainable_entries/inputs.h"
 #include "ops/trainable_entries/xla_calls.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
@@ -34,14 +34,10 @@ class CompactXlaOp : public XlaOpKernel {
  protected:
   // Inputs `first` and on are the mask, its offsets and the indices.
   absl::Status CheckTrainable(XlaOpKernelContext* ctx, int first) {
-    TensorShape mask_shape, offsets_shape, indices_shape;
-    TF_RETURN_IF_ERROR(GetShape(ctx, first, &mask_shape));
-    TF_RETURN_IF_ERROR(CheckMask(mask_shape, layout_));
-    TF_RETURN_IF_ERROR(GetShape(ctx, first + 1, &offsets_shape));
-    TF_RETURN_IF_ERROR(CheckOffsets(offsets_shape, layout_.kept));
-    TF_RETURN_IF_ERROR(GetShape(ctx, first + 2, &indices_shape));
-    TF_RETURN_IF_ERROR(CheckIndices(ctx->input_type(first + 2), indices_shape, layout_, &size_));
-    capacity_ = indices_shape.dim_size(0);
+    TensorShape indices;
+    TF_RETURN_IF_ERROR(freezeops::CheckTrainable(ctx, first, layout_, &size_));
+    TF_RETURN_IF_ERROR(GetShape(ctx, first + 2, &indices));
+    capacity_ = indices.dim_size(0);
     return absl::OkStatus();
   }
 
@@ -54,36 +50,28 @@ class CompactXlaOp : public XlaOpKernel {
     const bool empty = size_ == 0 || layout_.kept == 0;
     std::vector<XlaOp> compact;
     if (native_ && !empty) {
-      const xla::Shape shape = xla::ShapeUtil::MakeShape(type, Dims(capacity_));
+      const CallResult result{xla::ShapeUtil::MakeShape(type, Dims(capacity_))};
       std::vector<XlaOp> operands = {ctx->Input(first), ctx->Input(first + 1), ctx->Input(first + 2)};
       for (const XlaOp& source : sources) operands.push_back(xla::Reshape(source, Dims(layout_.kept)));
-      const bool both = sources.size() == 2;
-      const XlaOp gathered =
-          xla::CustomCall(ctx->builder(), both ? kGatherTwoCall : kGatherCall, operands,
-                          both ? xla::ShapeUtil::MakeTupleShape({shape, shape}) : shape, "",
-                          /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
-                          xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-      for (size_t i = 0; i < sources.size(); ++i) {
-        compact.push_back(both ? xla::GetTupleElement(gathered, static_cast<int64_t>(i)) : gathered);
-      }
+      const char* const call = sources.size() == 2 ? kGatherTwoCall : kGatherCall;
+      compact = CallNative(ctx->builder(), call, operands, std::vector<CallResult>(sources.size(), result));
     }
     for (size_t i = 0; i < sources.size(); ++i) {
       if (empty) {
         compact.push_back(xla::Broadcast(xla::Zero(ctx->builder(), type), {size_}));
       } else if (!native_) {
-        compact.push_back(GatherOne(ctx, sources[i], ctx->Input(first + 2), type));
+        compact.push_back(GatherOne(sources[i], ctx->Input(first + 2), type));
       }
       ctx->SetOutput(static_cast<int>(i), xla::Reshape(compact[i], {size_}));
     }
     return absl::OkStatus();
   }
 
-  XlaOp GatherOne(XlaOpKernelContext* ctx, XlaOp source, XlaOp indices, xla::PrimitiveType type) const {
+  XlaOp GatherOne(XlaOp source, XlaOp indices, xla::PrimitiveType type) const {
     const xla::PrimitiveType integers = IntegersFor(dtype_);
     const XlaOp gathered = GatherRows(xla::BitcastConvertType(source, integers), indices, layout_);
-    const XlaOp valid = xla::ConvertElementType(xla::Lt(indices, xla::ScalarLike(indices, layout_.kept)), integers);
-    const XlaOp all = xla::BroadcastInDim(xla::Sub(xla::Zero(ctx->builder(), integers), valid), Dims(capacity_), {0});
-    return xla::BitcastConvertType(xla::And(all, gathered), type);
+    const XlaOp valid = AllBits(xla::Lt(indices, xla::ScalarLike(indices, layout_.kept)), integers);
+    return xla::BitcastConvertType(xla::And(xla::BroadcastInDim(valid, Dims(capacity_), {0}), gathered), type);
   }
 
   MaskLayout layout_;
@@ -148,23 +136,19 @@ class ScatterTrainableXlaOp : public CompactXlaOp {
     OP_REQUIRES_OK(ctx, CheckEntries("variable", shape, layout_));
     OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &compact_shape));
     OP_REQUIRES_OK(ctx, CheckCompact(compact_shape, size_));
-    if (compact_shape.num_elements() == 0 || entries(layout_) == 0) return;
+    if (size_ == 0 || entries(layout_) == 0) return;
     xla::PrimitiveType type;
     OP_REQUIRES_OK(ctx, tensorflow::DataTypeToPrimitiveType(dtype_, &type));
+    XlaOp written;
     if (native_) {
-      const xla::ShapeIndex whole({});
-      const std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> in_place = {
-          {whole, {0, whole}}};
-      const XlaOp written = xla::CustomCall(
-          ctx->builder(), kScatterCall,
-          {xla::Reshape(value, Dims(layout_.kept)), ctx->Input(2), ctx->Input(3), ctx->Input(4),
-           xla::Reshape(ctx->Input(1), Dims(capacity_))},
-          xla::ShapeUtil::MakeShape(type, Dims(layout_.kept)), "", /*has_side_effect=*/false, in_place, nullptr,
-          xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-      OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
-      return;
+      const CallResult in_place{xla::ShapeUtil::MakeShape(type, Dims(layout_.kept)), 0};
+      written = CallNative(ctx->builder(), kScatterCall,
+                           {xla::Reshape(value, Dims(layout_.kept)), ctx->Input(2), ctx->Input(3), ctx->Input(4),
+                            xla::Reshape(ctx->Input(1), Dims(capacity_))},
+                           {in_place})[0];
+    } else {
+      written = ScatterRows(value, ctx->Input(4), ctx->Input(1), layout_, capacity_, dtype_, type);
     }
-    const XlaOp written = ScatterRows(value, ctx->Input(4), ctx->Input(1), layout_, capacity_, dtype_, type);
     OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, dtype_, xla::Reshape(written, shape.dim_sizes())));
   }
 };
@@ -178,16 +162,10 @@ class RankTrainableXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
-    TensorShape bits_shape, mask_shape, offsets_shape, indices_shape;
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &bits_shape));
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 1, &mask_shape));
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 2, &offsets_shape));
-    OP_REQUIRES_OK(ctx, GetShape(ctx, 3, &indices_shape));
-    const MaskLayout layout{1, kept_, 1};
     int64_t capacity = 0;
-    OP_REQUIRES_OK(ctx, CheckMask(mask_shape, layout));
-    OP_REQUIRES_OK(ctx, CheckOffsets(offsets_shape, kept_));
-    OP_REQUIRES_OK(ctx, CheckIndices(ctx->input_type(3), indices_shape, layout, &capacity));
+    OP_REQUIRES_OK(ctx, CheckTrainable(ctx, 1, MaskLayout{1, kept_, 1}, &capacity));
+    TensorShape bits_shape;
+    OP_REQUIRES_OK(ctx, GetShape(ctx, 0, &bits_shape));
     const int64_t count = bits_shape.num_elements();
     const XlaOp indices = ctx->Input(3);
     const xla::PrimitiveType integer = ctx->input_xla_type(3);

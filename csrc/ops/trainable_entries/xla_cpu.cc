@@ -1,4 +1,4 @@
-// What XLA calls on the CPU to gather and to scatter trainable entries.
+// The native kernels that XLA calls on the CPU to gather and to scatter trainable entries.
 //
 // XLA fuses a gather into the loop that uses its result, which is then no longer vectorized, and scatters on one
 // thread.
@@ -11,8 +11,6 @@
 
 #if defined(FREEZEOPS_HAVE_XLA_CALLS)
 
-#include <functional>
-
 #include "kernels/cpu/parallel_compact.h"
 #include "ops/common/layout_attr.h"
 #include "ops/common/xla_cpu_pool.h"
@@ -23,32 +21,29 @@ namespace {
 namespace ffi = ::xla::ffi;
 
 // `whole` is [kept, inner] or [kept]; so is `compact`, with the capacity.
-TrainableParts PartsOf(ffi::ThreadPool pool, ffi::AnyBuffer whole, ffi::AnyBuffer mask, ffi::AnyBuffer offsets,
-                       ffi::AnyBuffer indices) {
+cpu::ParallelCompact ShardsOf(ffi::ThreadPool pool, ffi::AnyBuffer whole, ffi::AnyBuffer mask, ffi::AnyBuffer offsets,
+                              ffi::AnyBuffer indices) {
   const auto dims = whole.dimensions();
   const MaskView view{static_cast<const uint8_t*>(mask.untyped_data()), {1, dims[0], dims.size() > 1 ? dims[1] : 1}};
-  const TrainableIndices positions{indices.untyped_data(), indices.element_type() == ffi::DataType::S64};
-  return TrainableParts(view, static_cast<const int64_t*>(offsets.untyped_data()), positions, indices.dimensions()[0],
-                        pool.num_threads(),
-                        [pool](int64_t count, int64_t cycles, const std::function<void(int64_t, int64_t)>& work) {
-                          ParallelFor(pool, count, cycles, work);
-                        });
+  const cpu::TrainableIndices positions{indices.untyped_data(), indices.element_type() == ffi::DataType::S64};
+  return cpu::ParallelCompact(view, static_cast<const int64_t*>(offsets.untyped_data()), positions,
+                              indices.dimensions()[0], pool.num_threads(), ParallelForOf(pool));
 }
 
 int64_t WidthOf(ffi::AnyBuffer buffer) { return buffer.size_bytes() / buffer.element_count(); }
 
 ffi::Error Gather(ffi::ThreadPool pool, ffi::AnyBuffer mask, ffi::AnyBuffer offsets, ffi::AnyBuffer indices,
                   ffi::AnyBuffer source, ffi::Result<ffi::AnyBuffer> compact) {
-  const TrainableParts parts = PartsOf(pool, source, mask, offsets, indices);
-  return Checked(parts.Gather({compact->untyped_data()}, {source.untyped_data()}, WidthOf(source)));
+  const cpu::ParallelCompact shards = ShardsOf(pool, source, mask, offsets, indices);
+  return Checked(shards.Gather({compact->untyped_data()}, {source.untyped_data()}, WidthOf(source)));
 }
 
 ffi::Error GatherTwo(ffi::ThreadPool pool, ffi::AnyBuffer mask, ffi::AnyBuffer offsets, ffi::AnyBuffer indices,
                      ffi::AnyBuffer first, ffi::AnyBuffer second, ffi::Result<ffi::AnyBuffer> of_first,
                      ffi::Result<ffi::AnyBuffer> of_second) {
-  const TrainableParts parts = PartsOf(pool, first, mask, offsets, indices);
-  return Checked(parts.Gather({of_first->untyped_data(), of_second->untyped_data()},
-                              {first.untyped_data(), second.untyped_data()}, WidthOf(first)));
+  const cpu::ParallelCompact shards = ShardsOf(pool, first, mask, offsets, indices);
+  return Checked(shards.Gather({of_first->untyped_data(), of_second->untyped_data()},
+                               {first.untyped_data(), second.untyped_data()}, WidthOf(first)));
 }
 
 ffi::Error Scatter(ffi::ThreadPool pool, ffi::AnyBuffer destination, ffi::AnyBuffer mask, ffi::AnyBuffer offsets,
@@ -56,8 +51,8 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::AnyBuffer destination, ffi::AnyBuf
   if (result->untyped_data() != destination.untyped_data()) {
     return ffi::Error(ffi::ErrorCode::kInternal, "the result of freezeops_scatter_trainable must be its operand");
   }
-  const TrainableParts parts = PartsOf(pool, destination, mask, offsets, indices);
-  return Checked(parts.Scatter(result->untyped_data(), compact.untyped_data(), WidthOf(compact)));
+  const cpu::ParallelCompact shards = ShardsOf(pool, destination, mask, offsets, indices);
+  return Checked(shards.Scatter(result->untyped_data(), compact.untyped_data(), WidthOf(compact)));
 }
 
 auto Bind() {

@@ -1,0 +1,25 @@
+"""FusedUpdate against its twin on one instruction set. Usage: FREEZEOPS_ISA=SET python instruction_set_script.py SET"""
+
+import sys
+
+import numpy as np
+from fused_variables import DTYPES, RULES, assert_same_state, variables_of
+
+from freezeops import ops
+from freezeops.masks.layout import Layout
+from freezeops.ops import native, reference_updates
+
+LAYOUTS = [Layout(1, 5003, 1), Layout(1, 77, 9)]
+
+if __name__ == "__main__":
+    assert native.diagnosis().isa == sys.argv[1]
+    for state in (False, True):
+        for rule in RULES:
+            for dtype in DTYPES:
+                for density in (0.01, 0.5, 1.0):
+                    rng, seeded = np.random.default_rng(1), RULES[rule][0]
+                    ours, twins, told = variables_of(rng, rule, dtype, LAYOUTS, density, state, seeded)
+                    ops.fused_update(rule, ours, *told)
+                    reference_updates.fused_update(rule, twins, *told)
+                    assert_same_state(ours, twins, f"{rule} {dtype} {density}")
+    print("done")
