@@ -14,8 +14,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# Two at a time: each process of the tests grows to some 6 GB. Long tests begin first (tests/conftest.py).
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# Two at a time: each process of the tests grows to some 6 GB. Long tests begin first (tests/conftest.py). And in three runs:
+# what XLA compiles stays mapped, and a process may have 65,530 mappings (vm.max_map_count); a full run takes more.
+PARALLEL := -n 2 --dist worksteal
+FIRST_TESTS := tests/promise tests/partitions
+SECOND_TESTS := tests/step tests/ops
 
 # What the installed package depends on: compiled code and build files. Python files are used in place.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt freezeops/_version.py \
@@ -58,7 +61,13 @@ demo: $(STAMP)
 	$(PY) examples/demo_digits.py
 
 test: $(STAMP)
+ifdef PYTEST_ARGS
 	$(PY) -m pytest $(PYTEST_ARGS)
+else
+	$(PY) -m pytest $(PARALLEL) $(FIRST_TESTS)
+	$(PY) -m pytest $(PARALLEL) $(SECOND_TESTS)
+	$(PY) -m pytest $(PARALLEL) tests $(addprefix --ignore=,$(FIRST_TESTS) $(SECOND_TESTS))
+endif
 
 # Another Keras before that of .venv, whose other packages are used: in a virtual environment of its own.
 KERAS ?= 3.12.0
@@ -74,7 +83,7 @@ test-keras: $(STAMP)
 	$(PY) -c '$(SITE)' > $$($(KERAS_PY) -c '$(SITE)')/packages_of_venv.pth
 	$(KERAS_PY) -m pip install --quiet --ignore-installed --no-deps $(KERAS_PACKAGE)
 	$(KERAS_PY) -c 'import keras; print("Keras", keras.__version__, "in", keras.__path__[0])'
-	$(KERAS_PY) -m pytest $(PYTEST_ARGS) $(KERAS_TESTS)
+	$(KERAS_PY) -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) $(KERAS_TESTS)
 
 test-gpu:
 	$(GPU_PYTEST) tests/gpu

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -28,11 +29,20 @@ def backend(request, monkeypatch):
 _tests = itertools.count()
 
 
+def check_mappings():
+    """Fails in words where the next function that XLA compiles could end the process: its code stays mapped."""
+    maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if maps.exists() and limit.exists():
+        count, most = maps.read_bytes().count(b"\n"), int(limit.read_text())
+        assert count < 0.95 * most, f"{count} of {most} memory mappings are in use: make more runs (Makefile)"
+
+
 @pytest.fixture(autouse=True)
 def clean_keras():
     """Names counted from zero and the same random numbers in every test."""
     if next(_tests) % 50 == 0:
         gc.unfreeze()
+        check_mappings()
     keras.utils.clear_session()
     # It has collected the garbage. What is left is mostly TensorFlow's and stays, ever more of it: without this, the
     # next collection would look through it all again, which came to more time than the tests.
