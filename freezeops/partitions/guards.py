@@ -30,9 +30,6 @@ class Guard:
         self.put_back()
 
 
-NO_GUARD = Guard()
-
-
 class WholeGuard(Guard):
     """Puts back all frozen entries of a variable.
 

@@ -13,7 +13,7 @@ from freezeops.masks.mask import Mask
 from freezeops.messages import short
 from freezeops.notices import warn
 from freezeops.partitions.capacity import Capacity
-from freezeops.partitions.partition import MaskedPartition, Partition
+from freezeops.partitions.partition import Partition
 from freezeops.partitions.plan import Room
 from freezeops.registry import rules, rules_config
 from freezeops.registry.changes import Changes, changes_of
@@ -342,10 +342,6 @@ class MaskRegistry:
         # Those of older versions hold modes and layouts alone.
         self.config_holds_masks = "rules" in config
         self.rules += rules_config.from_config(config.get("rules", ()))
-
-    def masked_partitions(self) -> list[MaskedPartition]:
-        """Returns the partitions of variables that have mask bits."""
-        return [partition for partition in self.partitions if isinstance(partition, MaskedPartition)]
 
 
 def awaiting_message(paths: Sequence[str]) -> str:

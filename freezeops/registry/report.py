@@ -1,5 +1,6 @@
 """Reports of an optimizer's variables: as data, and as tables."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def print_summary(
 def _cells(group: Sequence[VariableReport], notes: dict[str, int], fused_updates: bool | None) -> tuple[str, ...]:
     first = group[0]
     path = first.path if len(group) == 1 else f"{_numbers_joined([each.path for each in group])} ({len(group)})"
-    size = sum(_size(each.shape) for each in group)
+    size = sum(math.prod(each.shape) for each in group)
     trainable = sum(each.trainable for each in group)
     mode = f"{first.mode}, fused" if first.fused else str(first.mode)
     if first.mode == "compact" and len(group) == 1 and first.capacity != first.trainable:
@@ -162,7 +163,7 @@ def _cells(group: Sequence[VariableReport], notes: dict[str, int], fused_updates
 
 def _totals(reports: Sequence[VariableReport], managed: Sequence[ManagedVariable]) -> list[str]:
     """Returns the lines of totals."""
-    size, trainable = sum(_size(each.shape) for each in reports), sum(each.trainable for each in reports)
+    size, trainable = sum(math.prod(each.shape) for each in reports), sum(each.trainable for each in reports)
     density = trainable / size if size else 1.0
     lines = [
         f"total: {size:,} entries, {size - trainable:,} frozen, density {density:.4g}, "
@@ -185,16 +186,9 @@ def _slot_bytes(managed: Iterable[ManagedVariable]) -> tuple[int, int]:
     for each in managed:
         for record in each.slot_records:
             width = tf.as_dtype(record.slot.dtype).size
-            now += _size(tuple(record.slot.shape)) * width
+            now += math.prod(tuple(record.slot.shape)) * width
             whole += each.partition.size * width
     return now, whole
-
-
-def _size(shape: Shape) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
 
 
 def _bytes(count: int) -> str:
