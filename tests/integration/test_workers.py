@@ -49,14 +49,18 @@ class Cluster:
             script.kill()
 
     def wait(self):
-        """All workers end well, or the test fails with what the first bad one said."""
+        """All workers end well, or the test fails with what each said."""
         deadline = time.monotonic() + SECONDS
+        ended = []
         for task, script in enumerate(self.scripts):
             code = script.wait(max(deadline - time.monotonic(), 1))
             if code is None:
                 code = f"still running after {SECONDS} s"
-            log = script.printed()
-            assert code == 0 and f"{self.case} passed" in log, f"worker {task}: {code}\n{log[-3000:]}"
+            ended.append((f"worker {task}", code, script.printed()))
+        # All of them: where one dies, the others say only that they lost it.
+        assert all(code == 0 and f"{self.case} passed" in log for _, code, log in ended), "\n".join(
+            f"{worker}: {code}\n{log[-3000:]}" for worker, code, log in ended
+        )
 
     def wait_for(self, name):
         """Until a worker has made a file of that name."""

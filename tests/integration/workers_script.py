@@ -19,7 +19,8 @@ from training import body_and_head, descend
 import freezeops as fz
 
 FOLDER = Path(sys.argv[2])
-TASK = json.loads(os.environ["TF_CONFIG"])["task"]["index"] if "TF_CONFIG" in os.environ else None
+CONFIG = json.loads(os.environ.get("TF_CONFIG", "null"))
+TASK = CONFIG["task"]["index"] if CONFIG else None
 strategy = tf.distribute.MultiWorkerMirroredStrategy() if TASK is not None else tf.distribute.get_strategy()
 
 RNG = np.random.default_rng(0)
@@ -253,6 +254,17 @@ def case_parameter_server():
     os._exit(0)  # the servers cannot be stopped
 
 
+def wait_for_the_others(seconds=30):
+    """Until every worker has ended its case: one may be receiving still what this process sends of the last sum."""
+    ended = [FOLDER / f"{sys.argv[1]}_{task}.ended" for task in range(len(CONFIG["cluster"]["worker"]))]
+    ended[TASK].touch()
+    deadline = time.monotonic() + seconds
+    while not all(file.exists() for file in ended) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 if __name__ == "__main__":
     globals()[f"case_{sys.argv[1]}"]()
+    if TASK is not None:
+        wait_for_the_others()
     print(f"{sys.argv[1]} passed", flush=True)
