@@ -12,8 +12,8 @@ import numpy as np
 
 from freezeops import backend
 
-HOST_OPS = ("pack_bits", "unpack_bits", "count_bits", "bit_indices")
-"""The functions here that the host module speeds up, for `python -m freezeops`."""
+HOST_OPS = ("pack_bits", "unpack_bits", "count_bits", "bit_indices", "visits")
+"""The functions here, and that of `visits.py`, that the host module speeds up, for `python -m freezeops`."""
 
 RANK_BLOCK_BITS = 2048
 """Number of bits in a block of `rank_offsets`; `kRankBlockBits` in `csrc/mask_layout.h`."""
@@ -37,7 +37,7 @@ def _import_host() -> tuple[ModuleType | None, str]:
 
 
 def host_module() -> ModuleType | None:
-    """Returns the host module (`pack`, `unpack`, `count`, `indices`), or None if NumPy does its work.
+    """Returns the host module (`pack`, `unpack`, `count`, `indices`, `visits`), or None if NumPy does its work.
 
     NumPy does, without a warning, if the module was not built, and with `FREEZEOPS_BACKEND=reference`.
     """

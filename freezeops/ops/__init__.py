@@ -20,6 +20,9 @@ from freezeops.ops.reference_updates import FusedOperand
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that can be masked."""
 
+SAMPLED_DTYPES = ("float16", "bfloat16", "float32")
+"""The dtypes of `sampled_matmul`."""
+
 
 def _reason_for_reference() -> str | None:
     """Returns the reason for which the twins run, or None if the native ops do."""
@@ -104,6 +107,45 @@ def gather_trainable(
     if library := _library(source.dtype):
         return library.freezeops_gather_trainable(source, mask, offsets, indices, layout=list(layout))
     return reference.gather_trainable(source, mask, offsets, indices, layout)
+
+
+def sampled_matmul(
+    x: tf.Tensor, dy: tf.Tensor, visits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor
+) -> tf.Tensor:
+    """Returns the trainable entries of `x^T dy` in order, without the others; see `reference.sampled_matmul`.
+
+    The native op goes by `visits` alone, and is for CPUs. Where a GPU is visible the twin runs, which makes the whole
+    product.
+
+    Args:
+        x: Tensor of shape `[tokens, rows]`, of a dtype in `SAMPLED_DTYPES`; the last axis is static.
+        dy: Tensor of shape `[tokens, columns]` and the same dtype; likewise.
+        visits: `int32` vector of `masks.visits.visits` for the mask and its capacity.
+        mask: As for `gather_trainable`.
+        offsets: Likewise.
+        indices: Likewise.
+
+    Returns:
+        A vector as long as the capacity.
+
+    Raises:
+        ValueError: If shapes or dtypes are others.
+    """
+    x, dy = tf.convert_to_tensor(x), tf.convert_to_tensor(dy)
+    if x.dtype.name not in SAMPLED_DTYPES or dy.dtype != x.dtype:
+        raise ValueError(
+            f"`x` and `dy` must be of the same dtype, one of {', '.join(SAMPLED_DTYPES)}. "
+            f"Received: x of dtype {x.dtype.name}, dy of dtype {dy.dtype.name}"
+        )
+    if x.shape.rank != 2 or dy.shape.rank != 2 or None in (x.shape[1], dy.shape[1]):
+        raise ValueError(
+            "`x` and `dy` must be matrices whose last axis is static. "
+            f"Received: x of shape {x.shape}, dy of shape {dy.shape}"
+        )
+    library = None if tf.config.list_logical_devices("GPU") else _library(x.dtype)
+    if library is None:
+        return reference.sampled_matmul(x, dy, visits, mask, offsets, indices)
+    return library.freezeops_sampled_matmul(x, dy, visits, indices)
 
 
 def read_trainable(
@@ -240,6 +282,7 @@ _OPS: dict[str, Callable[..., list[tf.Tensor | None]] | None] = {
     "remember_frozen": None,
     "restore_frozen": None,
     "gather_trainable": None,
+    "sampled_matmul": None,
     "read_trainable": None,
     "take_trainable": None,
     "scatter_trainable": None,

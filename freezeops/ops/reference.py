@@ -168,6 +168,28 @@ def gather_trainable(
     return tf.bitcast(chosen, source.dtype) if floating else chosen
 
 
+def sampled_matmul(
+    x: tf.Tensor, dy: tf.Tensor, visits: tf.Tensor, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor
+) -> tf.Tensor:
+    """Returns the trainable entries of `x^T dy` in order, and zeros up to the capacity.
+
+    Args:
+        x: Tensor of shape `[tokens, rows]`; the last axis is static.
+        dy: Tensor of shape `[tokens, columns]` and the dtype of `x`; likewise.
+        visits: See `masks.visits`. Not used here.
+        mask: Packed bits of a mask of `rows * columns` entries; with `offsets` and `indices` as for `gather_trainable`.
+        offsets: Likewise.
+        indices: Likewise.
+
+    Returns:
+        A vector as long as the capacity, of the dtype of `x`. Sums are of `float32`, rounded once.
+    """
+    del visits
+    product = tf.matmul(tf.cast(x, tf.float32), tf.cast(dy, tf.float32), transpose_a=True)
+    layout = Layout(1, x.shape[1] * dy.shape[1], 1)
+    return tf.cast(gather_trainable(product, mask, offsets, indices, layout), x.dtype)
+
+
 def read_trainable(
     variable: tf.Variable, mask: tf.Tensor, offsets: tf.Tensor, indices: tf.Tensor, layout: Layout
 ) -> tf.Tensor:
