@@ -11,6 +11,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/parallel_compact.h"
 #include "kernels/cpu/parallel_fused.h"
+#include "kernels/cpu/sampled_matmul.h"
 #include "kernels/cpu/seed_slots.h"
 
 using freezeops::Float;
@@ -31,16 +32,19 @@ MaskView ViewOf(const void* bits, const int64_t* layout) {
 
 int64_t CountOf(const MaskView& mask) { return freezeops::entries(mask.layout); }
 
-// On threads where there is much to do, so that short calls are quick.
-void InThreads(int64_t count, int64_t cycles, const std::function<void(int64_t, int64_t)>& work) {
-  if (count == 0) return;
-  const int64_t threads = count * cycles > 100000 ? std::min(kThreads, count) : 1;
+void InThreads(int64_t threads, int64_t count, const std::function<void(int64_t, int64_t)>& work) {
   std::vector<std::thread> others;
   for (int64_t i = 1; i < threads; ++i) {
     others.emplace_back([&work, i, count, threads] { work(i * count / threads, (i + 1) * count / threads); });
   }
   work(0, count / threads);
   for (std::thread& thread : others) thread.join();
+}
+
+// On threads where there is much to do, so that short calls are quick.
+void ParallelFor(int64_t count, int64_t cycles, const std::function<void(int64_t, int64_t)>& work) {
+  if (count == 0) return;
+  InThreads(count * cycles > 100000 ? std::min(kThreads, count) : 1, count, work);
 }
 
 const NamedRule* RuleOf(const char* name) {
@@ -164,6 +168,16 @@ EXPORT int fz_update_range(int type, const char* name, const void* scalars, cons
   return 0;
 }
 
+// Always on as many threads as are asked for, as far as there is something for each.
+EXPORT int fz_sampled_matmul(int type, void* result, int64_t capacity, const void* x, const void* dy, int64_t tokens,
+                             int64_t rows, int64_t columns, const int32_t* plan, int64_t size, int64_t threads) {
+  cpu::SampledMatmul product(static_cast<Float>(type), x, dy, tokens, rows, columns, threads,
+                             [threads](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& work) {
+                               if (count > 0) InThreads(std::min(threads, count), count, work);
+                             });
+  return static_cast<int>(product.Run(plan, size, result, capacity));
+}
+
 // --- As ../gpu/kernels_c_api.cu
 
 EXPORT int fz_zero_frozen(int width, void* data, const void* bits, const int64_t* layout, void*) {
@@ -186,7 +200,8 @@ EXPORT int fz_copy_frozen(int width, void* destination, const void* source, cons
 EXPORT int fz_gather_trainable(int width, int arrays, void* const* compact, const void* const* sources,
                                const void* bits, const int64_t* layout, const int64_t* offsets, const void* indices,
                                int wide, int64_t capacity, void*) {
-  const cpu::ParallelCompact shards(ViewOf(bits, layout), offsets, {indices, wide != 0}, capacity, kThreads, InThreads);
+  const cpu::ParallelCompact shards(ViewOf(bits, layout), offsets, {indices, wide != 0}, capacity, kThreads,
+                                    ParallelFor);
   const std::vector<void*> to(compact, compact + arrays);
   const std::vector<const void*> from(sources, sources + arrays);
   return shards.Gather(to, from, width) ? 0 : 1;
@@ -194,7 +209,8 @@ EXPORT int fz_gather_trainable(int width, int arrays, void* const* compact, cons
 EXPORT int fz_scatter_trainable(int width, void* destination, const void* compact, const void* bits,
                                 const int64_t* layout, const int64_t* offsets, const void* indices, int wide,
                                 int64_t capacity, void*) {
-  const cpu::ParallelCompact shards(ViewOf(bits, layout), offsets, {indices, wide != 0}, capacity, kThreads, InThreads);
+  const cpu::ParallelCompact shards(ViewOf(bits, layout), offsets, {indices, wide != 0}, capacity, kThreads,
+                                    ParallelFor);
   return shards.Scatter(destination, compact, width) ? 0 : 1;
 }
 EXPORT int fz_rank_of_bits(int64_t* ranks, const int64_t* bits, int64_t count, const uint8_t* mask, int64_t kept,
@@ -219,7 +235,7 @@ EXPORT int fz_seed_slots(int type, uint8_t* unseeded, int64_t size, void* const*
     }
     const Entry* const gradient = static_cast<const Entry*>(values);
     if (indices == nullptr) {
-      InThreads(freezeops::mask_bytes(size), 1000, [&](int64_t first, int64_t last) {
+      ParallelFor(freezeops::mask_bytes(size), 1000, [&](int64_t first, int64_t last) {
         cpu::SeedRange(unseeded, slots, gradient, 8 * first, std::min(8 * last, size));
       });
     } else {
@@ -254,6 +270,6 @@ EXPORT int fz_fused_update(int type, const char* name, const void* scalars, cons
     all[i].slices = &slices[i];
   }
   cpu::ParallelFused parallel(rule, static_cast<Float>(type), scalars,
-                              SeedsOf(rule, scales, seeds, seed_slots, seed_powers), kThreads, InThreads);
+                              SeedsOf(rule, scales, seeds, seed_slots, seed_powers), kThreads, ParallelFor);
   return parallel.Update(all) ? 0 : 1;
 }

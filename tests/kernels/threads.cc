@@ -1,16 +1,19 @@
 // What threads share in the CPU kernels, for ThreadSanitizer (`make sanitize-cpu`): gathers, scatters and fused updates
-// of variables that are divided among threads; and waiting bits, of which two threads may have some of one byte.
+// of variables that are divided among threads; waiting bits, of which two threads may have some of one byte; and the
+// sums of a sampled matrix product, of which those of two blocks lie side by side.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <thread>
 #include <vector>
 
 #include "kernels/cpu/parallel_compact.h"
 #include "kernels/cpu/parallel_fused.h"
+#include "kernels/cpu/sampled_matmul.h"
 
 namespace {
 
@@ -111,6 +114,74 @@ int64_t UpdateInThreads(const Mask& mask, bool compact, bool sparse) {
   return wrong;
 }
 
+// Every entry whose row and column are not both odd is trainable: a plan of two counts in each block.
+int64_t MultiplyInThreads() {
+  constexpr int32_t kTokens = 300, kRows = 200, kColumns = 150, kPanel = 15, kChunk = 32;
+  constexpr int32_t kPanels = kColumns / kPanel, kChunks = (kRows + kChunk - 1) / kChunk;
+  std::vector<int32_t> starts, groups, rows, ranks;
+  std::vector<uint16_t> in_panel;
+  const auto start = [&] {
+    for (const size_t size : {groups.size() / 2, rows.size(), in_panel.size()}) {
+      starts.push_back(static_cast<int32_t>(size));
+    }
+  };
+  const auto rank_of = [](int32_t row, int32_t column) {
+    const int32_t before = (row + 1) / 2 * kColumns + row / 2 * (kColumns / 2);
+    return before + (row % 2 == 0 ? column : (column + 1) / 2);
+  };
+  for (int32_t block = 0; block < kChunks * kPanels; ++block) {
+    start();
+    const int32_t first_row = block / kPanels * kChunk, first_column = block % kPanels * kPanel;
+    for (const int32_t odd : {1, 0}) {
+      const int32_t first = first_column + (odd == 1 ? first_column % 2 : 0);
+      const size_t rows_before = rows.size();
+      const size_t entries_before = in_panel.size();
+      for (int32_t row = first_row + odd; row < std::min(first_row + kChunk, kRows); row += 2) {
+        rows.push_back(row);
+        ranks.push_back(rank_of(row, first));
+        for (int32_t column = first; column < first_column + kPanel; column += 1 + odd) {
+          in_panel.push_back(static_cast<uint16_t>(column - first_column));
+        }
+      }
+      const size_t visits = rows.size() - rows_before;
+      groups.push_back(static_cast<int32_t>((in_panel.size() - entries_before) / visits));
+      groups.push_back(static_cast<int32_t>(visits));
+    }
+  }
+  start();
+  const int32_t entries = static_cast<int32_t>(in_panel.size());
+  std::vector<int32_t> plan = {128,
+                               kPanel,
+                               kChunk,
+                               kRows,
+                               kColumns,
+                               entries,
+                               static_cast<int32_t>(rows.size()),
+                               static_cast<int32_t>(groups.size() / 2)};
+  for (const auto* part : {&starts, &groups, &rows, &ranks}) plan.insert(plan.end(), part->begin(), part->end());
+  const size_t before_columns = plan.size();
+  plan.resize(before_columns + (in_panel.size() + 1) / 2);
+  std::memcpy(plan.data() + before_columns, in_panel.data(), 2 * in_panel.size());
+
+  // Whole numbers, whose products and sums are exact.
+  std::vector<float> x(kTokens * kRows), dy(kTokens * kColumns), result(entries);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 7 % 11) - 5;
+  for (size_t i = 0; i < dy.size(); ++i) dy[i] = static_cast<float>(i * 5 % 13) - 6;
+  cpu::SampledMatmul product(Float::kFloat32, x.data(), dy.data(), kTokens, kRows, kColumns, kThreads, InThreads);
+  int64_t wrong =
+      product.Run(plan.data(), static_cast<int64_t>(plan.size()), result.data(), entries) != cpu::SampledResult::kDone;
+  size_t rank = 0;
+  for (int32_t row = 0; row < kRows; ++row) {
+    for (int32_t column = 0; column < kColumns; ++column) {
+      if (row % 2 == 1 && column % 2 == 1) continue;
+      float sum = 0;
+      for (int32_t t = 0; t < kTokens; ++t) sum += x[t * kRows + row] * dy[t * kColumns + column];
+      wrong += result[rank++] != sum;
+    }
+  }
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -133,6 +204,7 @@ int main() {
     }
   }
   for (int step = 0; step < 30; ++step) wrong += UpdateInThreads(masks[0], true, false);
+  for (int step = 0; step < 10; ++step) wrong += MultiplyInThreads();
   std::printf("%s: %lld wrong\n", cpu::kernels().isa, static_cast<long long>(wrong));
   return wrong == 0 ? 0 : 1;
 }

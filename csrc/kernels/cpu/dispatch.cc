@@ -28,14 +28,15 @@ KernelTable choose() {
   const bool avx2_at_most = generic_only || strcmp(wanted, "avx2") == 0;
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && has_f16c();
+                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+                        __builtin_cpu_supports("fma") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512vbmi2");
-  if (has_avx512 && !avx2_at_most) return {kAvx512MaskKernels, kAvx512FusedKernels, "avx512"};
-  if (has_avx2 && !generic_only) return {kAvx2MaskKernels, kAvx2FusedKernels, "avx2"};
+  if (has_avx512 && !avx2_at_most) return {kAvx512MaskKernels, kAvx512FusedKernels, kAvx512SampledKernels, "avx512"};
+  if (has_avx2 && !generic_only) return {kAvx2MaskKernels, kAvx2FusedKernels, kAvx2SampledKernels, "avx2"};
 #endif
-  return {kGenericMaskKernels, kGenericFusedKernels, "generic"};
+  return {kGenericMaskKernels, kGenericFusedKernels, kGenericSampledKernels, "generic"};
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "kernels/common/update_rules.h"
+#include "kernels/cpu/visits.h"
 #include "mask_layout.h"
 
 namespace freezeops {
@@ -111,8 +112,26 @@ struct FusedKernels {
   void (*add_row)(Float type, void* sum, void* square, const void* row, const void* scale, int64_t width);
 };
 
+// The sampled matrix product: entries of x^T dy by a plan. Both operands are transposed, a block of tokens at a time,
+// to float32: entry (token, column) is at column * tokens + token.
+struct SampledKernels {
+  // Returns whether what the plan says of a block is possible: by it nothing is read or written outside. All that is
+  // known of the plan is that its parts are in the vector.
+  bool (*block_is_possible)(const Visits& visits, int64_t block);
+
+  // Transposes `columns` columns, from `first_column` on, of a matrix with `from_stride` entries in a row. It has
+  // `tokens` rows, and zeros stand for more, up to `to_stride`: 16, 32, 64, 128 or 256. The type is not float64.
+  void (*transpose)(Float type, float* to, int64_t to_stride, const void* from, int64_t first_column,
+                    int64_t from_stride, int64_t tokens, int64_t columns);
+
+  // Adds to each entry of a block of the plan, in the order of visits, the product of its row of x and its column of
+  // dy. `tokens` is as `to_stride` above; the plan was checked.
+  void (*add_products)(const Visits& visits, int64_t block, const float* x, const float* dy, int64_t tokens,
+                       float* sums);
+};
+
 // The kernels of one instruction set.
-struct KernelTable : MaskKernels, FusedKernels {
+struct KernelTable : MaskKernels, FusedKernels, SampledKernels {
   const char* isa;
 };
 
@@ -120,14 +139,17 @@ struct KernelTable : MaskKernels, FusedKernels {
 // avx2 or generic) asks for a lower set; a higher one is ignored.
 const KernelTable& kernels();
 
-// The sets that were compiled, each in two files: in one GCC inlines less, and gathers take half as long again.
+// The sets that were compiled, each in several files: in one GCC inlines less, and gathers take half as long again.
 extern const MaskKernels kGenericMaskKernels;
 extern const FusedKernels kGenericFusedKernels;
+extern const SampledKernels kGenericSampledKernels;
 #if defined(FREEZEOPS_HAVE_X86_KERNELS)
 extern const MaskKernels kAvx2MaskKernels;
 extern const FusedKernels kAvx2FusedKernels;
+extern const SampledKernels kAvx2SampledKernels;
 extern const MaskKernels kAvx512MaskKernels;
 extern const FusedKernels kAvx512FusedKernels;
+extern const SampledKernels kAvx512SampledKernels;
 #endif
 
 // Returns whether every bit of the mask is 1; stops at the first that is not.
