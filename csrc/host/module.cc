@@ -1,12 +1,14 @@
-// freezeops._host: packing, counting and listing mask bits for NumPy. No TensorFlow.
+// freezeops._host: packing, counting and listing mask bits for NumPy, and plans made from them. No TensorFlow.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "mask_layout.h"
 
@@ -116,6 +118,124 @@ py::array_t<int64_t> indices(const py::array& bits, int64_t n) {
   return found;
 }
 
+// Makes the plan that freezeops/masks/visits.py describes, a chunk of rows at a time.
+class Plan {
+ public:
+  Plan(const uint8_t* bits, int64_t rows, int64_t columns, int64_t panel, int64_t chunk)
+      : panel_(panel), of_panel_((columns + panel - 1) / panel) {
+    for (int64_t first = 0; first < rows; first += chunk) {
+      columns_of_chunk_.clear();
+      for (int64_t row = first; row < std::min(first + chunk, rows); ++row) FindVisits(bits, row, columns);
+      for (size_t i = 0; i < of_panel_.size(); ++i) AddBlock(&of_panel_[i], static_cast<int64_t>(i) * panel);
+    }
+    AddStart();
+  }
+
+  // Numbers of the plan, without the head.
+  int64_t size() const {
+    const size_t numbers = starts_.size() + groups_.size() + rows_.size() + ranks_.size() + (in_panel_.size() + 1) / 2;
+    return static_cast<int64_t>(numbers);
+  }
+  int64_t entries() const { return static_cast<int64_t>(in_panel_.size()); }
+  int64_t visits() const { return static_cast<int64_t>(rows_.size()); }
+  int64_t groups() const { return static_cast<int64_t>(groups_.size()) / 2; }
+
+  void Write(int32_t* to) const {
+    for (const std::vector<int32_t>* part : {&starts_, &groups_, &rows_, &ranks_}) {
+      to = std::copy(part->begin(), part->end(), to);
+    }
+    if (!in_panel_.empty()) std::memcpy(to, in_panel_.data(), in_panel_.size() * sizeof(uint16_t));
+  }
+
+ private:
+  struct Visit {
+    int32_t row, rank, count;
+  };
+
+  // Finds the visits of a row, and the columns of its entries.
+  void FindVisits(const uint8_t* bits, int64_t row, int64_t columns) {
+    const int64_t begin = row * columns, end = begin + columns;
+    const int64_t byte_count = mask_bytes(end);
+    int64_t end_of_panel = 0;
+    size_t panel = 0;
+    for (int64_t bit = begin; bit < end; bit += 64) {
+      uint64_t word = load_bits(bits, byte_count, bit) & low_bits(end - bit);
+      for (; word != 0; word &= word - 1) {
+        const int64_t column = bit - begin + __builtin_ctzll(word);
+        if (column >= end_of_panel) {
+          panel = static_cast<size_t>(column / panel_);
+          end_of_panel = static_cast<int64_t>(panel + 1) * panel_;
+          of_panel_[panel].push_back({static_cast<int32_t>(row), static_cast<int32_t>(rank_), 0});
+        }
+        ++of_panel_[panel].back().count;
+        columns_of_chunk_.push_back(static_cast<int32_t>(column));
+        ++rank_;
+      }
+    }
+  }
+
+  void AddStart() {
+    for (const int64_t start : {groups(), visits(), entries()}) starts_.push_back(static_cast<int32_t>(start));
+  }
+
+  // Adds the visits of a block by their counts, and empties it.
+  void AddBlock(std::vector<Visit>* block, int64_t first_column) {
+    AddStart();
+    std::stable_sort(block->begin(), block->end(), [](const Visit& a, const Visit& b) { return a.count < b.count; });
+    const int64_t first_rank = rank_ - static_cast<int64_t>(columns_of_chunk_.size());
+    int32_t count = 0;
+    for (const Visit& visit : *block) {
+      if (visit.count != count) {
+        count = visit.count;
+        groups_.push_back(count);
+        groups_.push_back(0);
+      }
+      ++groups_.back();
+      rows_.push_back(visit.row);
+      ranks_.push_back(visit.rank);
+      const int32_t* const column = columns_of_chunk_.data() + (visit.rank - first_rank);
+      for (int32_t k = 0; k < count; ++k) in_panel_.push_back(static_cast<uint16_t>(column[k] - first_column));
+    }
+    block->clear();
+  }
+
+  int64_t panel_;
+  int64_t rank_ = 0;                          // of the next entry
+  std::vector<std::vector<Visit>> of_panel_;  // of the chunk
+  std::vector<int32_t> columns_of_chunk_;
+  std::vector<int32_t> starts_, groups_, rows_, ranks_;
+  std::vector<uint16_t> in_panel_;
+};
+
+py::array_t<int32_t> visits(const py::array& bits, int64_t rows, int64_t columns, int64_t tokens, int64_t panel,
+                            int64_t chunk, int64_t size) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  if (rows < 0 || rows > kMost || columns < 0 || columns > kMost || tokens < 1 || tokens > kMost || panel < 1 ||
+      panel > 65536 || chunk < 1 || chunk > kMost) {
+    throw py::value_error("rows, columns, tokens, panel and chunk must be numbers of a plan");
+  }
+  check_bits(bits, rows * columns);
+  const uint8_t* const from = static_cast<const uint8_t*>(bits.data());
+  if (count(bits, rows * columns) > kMost) throw py::value_error("bits must have fewer than 2^31 ones");
+  py::gil_scoped_release released;
+  const Plan plan(from, rows, columns, panel, chunk);
+  py::gil_scoped_acquire acquired;
+  constexpr int64_t kHead = 8;
+  if (kHead + plan.size() > size) {
+    throw py::value_error("size must be that of the plan at least. Received: size=" + std::to_string(size) +
+                          ", a plan of " + std::to_string(kHead + plan.size()));
+  }
+  py::array_t<int32_t> vector(size);
+  int32_t* const to = vector.mutable_data();
+  std::fill(to, to + size, 0);
+  int32_t* next = to;
+  for (const int64_t number : {tokens, panel, chunk, rows, columns, plan.entries(), plan.visits(), plan.groups()}) {
+    *next++ = static_cast<int32_t>(number);
+  }
+  plan.Write(next);
+  return vector;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -123,5 +243,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("pack", &pack, py::arg("values"), "The packed bits (uint8 vector) of a C-contiguous bool or uint8 array.");
   m.def("unpack", &unpack, py::arg("bits"), py::arg("n"), "The first n bits as a bool vector.");
   m.def("count", &count, py::arg("bits"), py::arg("n"), "How many of the first n bits are set.");
+  m.def("visits", &visits, py::arg("bits"), py::arg("rows"), py::arg("columns"), py::arg("tokens"), py::arg("panel"),
+        py::arg("chunk"), py::arg("size"), "The plan of freezeops/masks/visits.py, in a vector of int32.");
   m.def("indices", &indices, py::arg("bits"), py::arg("n"), "The positions (int64) of the set bits among the first n.");
 }

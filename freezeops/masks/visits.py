@@ -19,6 +19,8 @@ The vector, of `int32`:
 - zeros up to the length, which depends on the capacity and not on the mask.
 """
 
+import math
+
 import numpy as np
 
 from freezeops.masks import packing
@@ -26,20 +28,21 @@ from freezeops.masks import packing
 HEAD = 8
 """Numbers in the head of the vector; `kVisitsHead` in `csrc/kernels/cpu/visits.h`."""
 
-_CHUNK = 256
+_TOKENS = 128
 
-_BLOCKS = ((0.0075, 256, 384), (0.2, 128, 40), (1.0, 256, 24))
-"""Up to which share of trainable entries a number of tokens and a panel are the fastest.
+_BLOCKS = ((0.03, 768, 1024), (0.075, 128, 512), (1.0, 64, 512))
+"""Up to which share of trainable entries a panel and a chunk are the fastest.
 
-Panels of many entries lie in the first-level cache, 32 KB: tokens * panel floats. Those of few lie in the second.
+A panel of many entries lies in the first-level cache, of few with its chunk in the second: `_TOKENS` floats for each
+column and each row. The wider a panel, the more entries has a visit, for which a row of `x^T` is loaded.
 """
 
 
 def block_shape(rows: int, columns: int, capacity: int) -> tuple[int, int, int]:
     """Returns tokens, panel and chunk, see above, for a matrix of a shape with room for so many trainable entries."""
-    share = capacity / max(rows * columns, 1)
-    tokens, panel = next((tokens, panel) for most, tokens, panel in _BLOCKS if share <= most or most == 1)
-    return tokens, panel, _CHUNK
+    share = min(capacity / max(rows * columns, 1), 1.0)
+    panel, chunk = next((panel, chunk) for most, panel, chunk in _BLOCKS if share <= most)
+    return _TOKENS, panel, chunk
 
 
 def visits_size(rows: int, columns: int, capacity: int) -> int:
@@ -63,7 +66,9 @@ def visits_size(rows: int, columns: int, capacity: int) -> int:
     panels = -(-columns // panel)
     blocks = -(-rows // chunk) * panels
     most_visits = min(capacity, rows * panels)
-    most_groups = min(most_visits, blocks * min(panel, chunk))
+    # A block with k counts has 1 + 2 + ... + k entries at least; all have the most groups where each has as many.
+    by_entries = (math.isqrt(8 * capacity * blocks + blocks**2) - blocks) // 2
+    most_groups = min(most_visits, blocks * min(panel, chunk), by_entries)
     return HEAD + 3 * (blocks + 1) + 2 * most_groups + 2 * most_visits + -(-capacity // 2)
 
 
@@ -87,7 +92,7 @@ def visits(packed: np.ndarray, rows: int, columns: int, capacity: int) -> np.nda
         >>> mask = np.packbits([[1, 0, 1], [0, 0, 0]], bitorder="little")
         >>> plan = visits(mask, rows=2, columns=3, capacity=2)
         >>> plan[:HEAD]  # two entries in one visit, which is a group
-        array([256,  24, 256,   2,   3,   2,   1,   1], dtype=int32)
+        array([128,  64, 512,   2,   3,   2,   1,   1], dtype=int32)
     """
     size = visits_size(rows, columns, capacity)
     if packed.size != (rows * columns + 7) // 8:

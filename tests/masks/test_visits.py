@@ -1,17 +1,18 @@
-"""The plan of the sampled matrix product: every trainable entry once, in a vector whose length the mask has no hand in."""
+"""The plan of the sampled matrix product: every trainable entry once, in a vector of a length for any mask."""
 
 import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freezeops.masks import packing, visits
 
 SHAPES = st.tuples(
-    st.sampled_from([0, 1, 2, 7, 64, 255, 256, 257, 600]), st.sampled_from([0, 1, 3, 24, 40, 41, 63, 130, 385, 800])
+    st.sampled_from([0, 1, 2, 7, 64, 300, 511, 512, 513]), st.sampled_from([0, 1, 3, 63, 64, 65, 130, 800])
 )
+DENSITIES = st.sampled_from([0.0, 0.003, 0.05, 0.4, 1.0])
 
 
 def entries_of(plan):
@@ -42,7 +43,7 @@ def entries_of(plan):
 
 @given(
     shape=SHAPES,
-    density=st.sampled_from([0.0, 0.003, 0.05, 0.4, 1.0]),
+    density=DENSITIES,
     room=st.sampled_from([0, 9]),
     seed=st.integers(0, 99),
 )
@@ -55,7 +56,8 @@ def test_every_trainable_entry_is_visited_once(shape, density, room, seed):
     assert entries_of(plan) == [(rank, *place) for rank, place in enumerate(np.argwhere(trainable).tolist())]
 
 
-@given(shape=SHAPES, density=st.sampled_from([0.0, 0.003, 0.05, 0.4, 1.0]), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+@given(shape=SHAPES, density=DENSITIES, seed=st.integers(0, 99))
 def test_same_without_the_host_module(shape, density, seed):
     assert packing.host_module() is not None
     packed = packing.pack_bits(np.random.default_rng(seed).random(shape) < density)
