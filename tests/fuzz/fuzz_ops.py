@@ -31,7 +31,7 @@ import numpy as np
 import tensorflow as tf
 
 from freezeops import backend
-from freezeops.masks import packing
+from freezeops.masks import packing, visits
 from freezeops.masks.layout import Layout
 from freezeops.ops import native, reference, reference_updates
 from freezeops.ops.reference_updates import FusedOperand
@@ -200,6 +200,26 @@ def trainable_call(op: str) -> Callable[[np.random.Generator, np.dtype], Call]:
     return make
 
 
+def sampled_matmul(rng: np.random.Generator, dtype: np.dtype) -> Call:
+    dtype = DTYPES[2] if dtype == np.float64 else dtype
+    tokens, rows, columns = (int(rng.choice([0, 1, 5, 17, 40, 130, 300])) for _ in range(3))
+    layout = Layout(1, rows * columns, 1)
+    index = index_of(rng, layout, False)
+    plan = visits.visits(index["mask"].array, rows, columns, index["indices"].array.size)
+    inputs = {
+        "x": Value(numbers(rng, dtype, [tokens, rows])),
+        "dy": Value(numbers(rng, dtype, [tokens, columns])),
+        "visits": Value(plan, exact=False),
+        "indices": index["indices"],
+    }
+
+    def twin(i: dict[str, Any]) -> list[tf.Tensor]:
+        mask, offsets = (tf.constant(index[name].array) for name in ("mask", "offsets"))
+        return [reference.sampled_matmul(i["x"], i["dy"], i["visits"], mask, offsets, i["indices"])]
+
+    return Call("sampled_matmul", inputs, {}, twin, exact_result=False)
+
+
 def rank_trainable(rng: np.random.Generator, dtype: np.dtype) -> Call:
     del dtype
     kept = int(rng.choice([*SIZES[1:], 5000]))
@@ -348,6 +368,7 @@ OPS: dict[str, Callable[[np.random.Generator, np.dtype], Call]] = {
     "read_trainable": trainable_call("read_trainable"),
     "take_trainable": trainable_call("take_trainable"),
     "scatter_trainable": trainable_call("scatter_trainable"),
+    "sampled_matmul": sampled_matmul,
     "rank_trainable": rank_trainable,
     "seed_slots": seed_slots,
     "fused_update": fused_update,
@@ -528,7 +549,7 @@ def check(call: Call, mode: str, hidden: bool) -> str:
     if expected is None:
         return "valid"
     for number, (actual, twin) in enumerate(zip(results, expected, strict=True)):
-        assert same(actual, twin.numpy(), True), f"result {number} is not the twin's"
+        assert same(actual, twin.numpy(), call.exact_result), f"result {number} is not the twin's"
     for name, number, value in values_of(call.inputs):
         if value.variable:
             pair = [each[name][number] if isinstance(each[name], list) else each[name] for each in (inputs, twins)]

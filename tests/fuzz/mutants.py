@@ -1,4 +1,4 @@
-"""Shows that the fuzzer finds faults: ten are planted one after the other into a copy of the sources.
+"""Shows that the fuzzer finds faults: eleven are planted one after the other into a copy of the sources.
 
     python tests/fuzz/mutants.py build/fuzz
 
@@ -74,6 +74,12 @@ FAULTS = {
         "TF_RETURN_IF_ERROR(attributes_.CheckInputs(ctx));",
         "",
         ["ops/seed_slots/xla.cc"],
+    ),
+    "plans that name rows that do not exist": (
+        "kernels/cpu/sampled_kernels.h",
+        "visits.row[visit] >= first_row && visits.row[visit] < end_row",
+        "visits.row[visit] >= first_row",
+        ["kernels/cpu/sampled_generic.cc", "kernels/cpu/sampled_avx2.cc", "kernels/cpu/sampled_avx512.cc"],
     ),
     "indices that are not the mask's": (
         "kernels/cpu/parallel_compact.h",

@@ -9,7 +9,7 @@ from common import assert_same_bits
 from tensorflow.python.framework.ops import gradient_registry as registered_gradients
 
 from freezeops import ops
-from freezeops.masks import packing
+from freezeops.masks import packing, visits
 from freezeops.ops import native
 
 library = native.op_library()
@@ -229,6 +229,103 @@ def test_compact_ops_refuse_other_shapes():
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"bits must be in \[0, 3\). Received: bits\[1\] = 3"):
         library.freezeops_rank_trainable(np.array([0, 3]), *good.values(), kept=3)
     assert (variable.numpy() == 1).all()
+
+
+SAMPLED = np.random.default_rng(0).random((20, 30)) < 0.3
+ONES = int(SAMPLED.sum())
+PLAN = visits.visits(packing.pack_bits(SAMPLED), 20, 30, ONES)
+
+
+def sampled(x=(8, 20), dy=(8, 30), plan=PLAN, capacity=ONES, dtype="float32", indices=None):
+    indices = np.arange(capacity, dtype=np.int32) if indices is None else indices
+    return library.freezeops_sampled_matmul(tf.ones(x, dtype), tf.ones(dy, dtype), plan, indices)
+
+
+PLANS = {
+    "of none": (dict(plan=PLAN[:0]), "a function that was traced before `repack` must be traced again"),
+    "cut": (dict(plan=PLAN[:30]), r"Received: 20 rows, 30 columns, \d+ indices, visits of shape \[30\]"),
+    "of other rows": (dict(x=(8, 21)), "Received: 21 rows, 30 columns"),
+    "of other columns": (dict(dy=(8, 29)), "Received: 20 rows, 29 columns"),
+    "of more entries": (dict(capacity=ONES - 1), "no more trainable entries than there are indices"),
+    "of a row that does not exist": (
+        dict(plan=np.where(PLAN == 19, 20, PLAN)),
+        "must be those of a mask of as many rows",
+    ),
+    "of -1 everywhere": (dict(plan=np.full_like(PLAN, -1)), "must be those of a mask of as many rows"),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@pytest.mark.parametrize("case", PLANS)
+def test_sampled_matmul_refuses_plans(case, mode):
+    changed, message = PLANS[case]
+    given = {"plan": tf.Variable(changed.get("plan", PLAN))}
+
+    def call():
+        return sampled(**{**changed, "plan": given["plan"]})
+
+    if mode != "eager":
+        call = tf.function(call, jit_compile=mode == "jit", autograph=False)
+    # What XLA is told of an error has no numbers.
+    with pytest.raises(tf.errors.InvalidArgumentError, match="visits must be" if mode == "jit" else message):
+        call()
+    given["plan"] = tf.Variable(PLAN)
+    np.testing.assert_array_equal(sampled(), np.full(ONES, 8.0, np.float32))
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(x=(9, 20)), r"x and dy must be matrices with a row for each token.*\[9,20\].*\[8,30\]"),
+        (dict(x=(2, 4, 20)), r"x and dy must be matrices.*\[2,4,20\]"),
+        (dict(dy=(240,)), r"x and dy must be matrices.*\[240\]"),
+        (dict(plan=PLAN[None]), "visits must be a vector"),
+        (dict(indices=np.zeros((2, 9), np.int32)), "indices must be a vector"),
+        (dict(x=(0, 2**31)), "fewer than 2\\^31 columns"),
+    ],
+)
+def test_sampled_matmul_refuses_shapes(changed, message, mode):
+    if changed.get("x") == (0, 2**31):
+        changed = changed | {"dy": (0, 30)}
+
+    def call():
+        return sampled(**changed)
+
+    if mode != "eager":
+        call = tf.function(call, jit_compile=mode == "jit", autograph=False)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("x", "dy", "message"),
+    [
+        (tf.ones((8, 20), tf.float64), tf.ones((8, 30), tf.float64), "Received: x of dtype float64"),
+        (tf.ones((8, 20)), tf.ones((8, 30), tf.float16), "x of dtype float32, dy of dtype float16"),
+        (tf.ones((2, 4, 20)), tf.ones((8, 30)), r"must be matrices.*\(2, 4, 20\)"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_sampled_matmul_of_other_operands(x, dy, message, backend, monkeypatch):
+    monkeypatch.setenv("FREEZEOPS_BACKEND", backend)
+    with pytest.raises(ValueError, match=message):
+        ops.sampled_matmul(x, dy, PLAN, *index(packing.pack_bits(SAMPLED), 600))
+
+
+def test_sampled_matmul_needs_a_static_width():
+    @tf.function(input_signature=[tf.TensorSpec([8, None]), tf.TensorSpec([8, 30])])
+    def call(x, dy):
+        return ops.sampled_matmul(x, dy, PLAN, *index(packing.pack_bits(SAMPLED), 600))
+
+    with pytest.raises(ValueError, match="whose last axis is static"):
+        call(tf.ones((8, 20)), tf.ones((8, 30)))
+
+
+def test_sampled_matmul_of_nothing():
+    """No capacity: the plan is not looked at. No tokens: zeros."""
+    assert sampled(plan=PLAN[:0], capacity=0).shape == (0,)
+    np.testing.assert_array_equal(sampled((0, 20), (0, 30)), np.zeros(ONES, np.float32))
 
 
 HUGE = 2**62

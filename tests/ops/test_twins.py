@@ -4,13 +4,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from common import assert_same_bits, in_mode
+from common import MODES, assert_same_bits, in_mode
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from freezeops import ops
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
+from freezeops.masks.visits import visits as make_visits
 from freezeops.ops import native, reference
 
 pytestmark = pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")
@@ -417,6 +418,111 @@ def test_rank_trainable(kept, density, room, seed):
     for library in (ops, reference):
         ranks = library.rank_trainable(tf.constant(bits), *index, kept)
         np.testing.assert_array_equal(ranks, expected, library.__name__)
+
+
+def assert_close_sums(actual, expected, x, dy, trainable):
+    """Fails where entries of `x^T dy` are further apart than other orders of the sums of float32 explain.
+
+    A result of 16 bits is a float32 that was rounded once: one of those that the float32 numbers within reach round to.
+    """
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    magnitude = np.zeros(actual.size)
+    magnitude[: trainable.sum()] = (np.abs(x).astype(float).T @ np.abs(dy).astype(float))[trainable]
+    reach = 4 * np.finfo(np.float32).eps * max(len(x), 1) ** 0.5 * magnitude
+    if actual.dtype.itemsize == 2:
+        reach = reach + np.abs(np.spacing(expected).astype(float))
+    assert (np.abs(actual.astype(float) - expected.astype(float)) <= reach).all()
+    assert_same_bits(actual[trainable.sum() :], np.zeros(actual.size - trainable.sum(), actual.dtype))
+
+
+def sampled_case(rng, dtype, tokens, trainable, room):
+    """Operands of `sampled_matmul` as NumPy arrays, and what it takes besides."""
+    x, dy = (rng.normal(size=(tokens, width)).astype(DTYPES[dtype]) for width in trainable.shape)
+    packed = packing.pack_bits(trainable)
+    plan = make_visits(packed, *trainable.shape, int(trainable.sum()) + room)
+    return x, dy, [tf.constant(plan), *index_of(packed, Layout(1, trainable.size, 1), room)]
+
+
+SAMPLED_SHAPES = {
+    "tokens": st.sampled_from([0, 1, 15, 16, 17, 70, 128, 129, 257, 600]),
+    "rows": st.sampled_from([0, 1, 5, 16, 33, 300]),
+    "columns": st.sampled_from([0, 1, 7, 24, 41, 129, 400]),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "function"])
+@SETTINGS
+@given(
+    **SAMPLED_SHAPES,
+    dtype=st.sampled_from(ops.SAMPLED_DTYPES),
+    density=DENSITIES,
+    room=st.sampled_from([0, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_sampled_matmul(mode, tokens, rows, columns, dtype, density, room, seed):
+    rng = np.random.default_rng(seed)
+    trainable = rng.random((rows, columns)) < density
+    x, dy, index = sampled_case(rng, dtype, tokens, trainable, room)
+    native = in_mode(ops.sampled_matmul, mode)(tf.constant(x), tf.constant(dy), *index)
+    twin = reference.sampled_matmul(tf.constant(x), tf.constant(dy), *index)
+    assert_close_sums(native.numpy(), twin.numpy(), x, dy, trainable)
+
+
+@pytest.mark.parametrize("dtype", ops.SAMPLED_DTYPES)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(0, 9, 30), (40, 0, 7), (300, 70, 130), (17, 300, 41)])
+@pytest.mark.parametrize("density", [0.0, 0.004, 0.1, 0.6])
+def test_sampled_matmul_under_xla(tokens, rows, columns, density, dtype):
+    rng = np.random.default_rng(4)
+    trainable = rng.random((rows, columns)) < density
+    x, dy, index = sampled_case(rng, dtype, tokens, trainable, 2)
+
+    def product(x, dy):
+        # Operands that XLA makes itself, in the layout that it likes.
+        return ops.sampled_matmul(tf.transpose(x), dy * 1, *index)
+
+    compiled = in_mode(product, "jit")(tf.constant(x.T), tf.constant(dy))
+    twin = reference.sampled_matmul(tf.constant(x), tf.constant(dy), *index)
+    assert_close_sums(compiled.numpy(), twin.numpy(), x, dy, trainable)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ops.SAMPLED_DTYPES)
+def test_sampled_matmul_of_nan_and_infinity(dtype, mode):
+    """An entry gets what the dense product gives, and no other does."""
+    rng = np.random.default_rng(6)
+    trainable = rng.random((30, 50)) < 0.5
+    trainable[:4, :4] = True
+    x, dy, index = sampled_case(rng, dtype, 131, trainable, 1)
+    x[130, 0], x[3, 1], dy[3, 2], dy[50, 3] = np.nan, np.inf, 0, -np.inf
+    native = in_mode(ops.sampled_matmul, mode)(tf.constant(x), tf.constant(dy), *index).numpy().astype(float)
+    twin = reference.sampled_matmul(tf.constant(x), tf.constant(dy), *index).numpy().astype(float)
+    for same in (np.isnan, np.isposinf, np.isneginf):
+        assert same(twin).any()
+        np.testing.assert_array_equal(same(native), same(twin))
+
+
+def test_sampled_matmul_of_a_batch_whose_size_is_not_static():
+    rng = np.random.default_rng(7)
+    trainable = rng.random((20, 40)) < 0.3
+    traces = []
+
+    @tf.function
+    def product(x, dy, *index):
+        traces.append(1)
+        found = ops.sampled_matmul(x, dy, *index)
+        assert found.shape == index[-1].shape
+        return found
+
+    product = product.get_concrete_function(
+        tf.TensorSpec([None, 20]), tf.TensorSpec([None, 40]), *(
+            tf.TensorSpec(each.shape, each.dtype) for each in sampled_case(rng, "float32", 1, trainable, 0)[2]
+        )
+    )  # fmt: skip
+    for tokens in (3, 0, 300):
+        x, dy, index = sampled_case(rng, "float32", tokens, trainable, 0)
+        twin = reference.sampled_matmul(tf.constant(x), tf.constant(dy), *index)
+        assert_close_sums(product(tf.constant(x), tf.constant(dy), *index).numpy(), twin.numpy(), x, dy, trainable)
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
