@@ -152,6 +152,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_sparse.py
+	$(PY) benchmarks/bench_sampled_matmul.py
 	$(PY) benchmarks/bench_compact.py --plot docs/images
 	$(PY) benchmarks/bench_fused.py
 	$(PY) benchmarks/bench_fit.py

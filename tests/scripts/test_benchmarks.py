@@ -77,6 +77,25 @@ def test_bench_sparse(tmp_path):
     assert "4096 named rows" in text
 
 
+def test_bench_sampled_matmul(tmp_path):
+    data, text = run(
+        "bench_sampled_matmul.py", "--repeats", "3", "--densities", "0.01", "0.2", "--shape", "40", "64", "96",
+        "--shape", "30", "70", "20", path=tmp_path / "sampled.json",
+    )  # fmt: skip
+    check_facts(data)
+    assert [(result["shape"], result["density"]) for result in data["results"]] == [
+        ([40, 64, 96], 0.01), ([40, 64, 96], 0.2), ([30, 70, 20], 0.01), ([30, 70, 20], 0.2),
+    ]  # fmt: skip
+    for result in data["results"]:
+        assert set(result["ratio"]) == {"CPU time", "wall time"}
+        assert set(result["times"]) == {"whole", str(result["density"])} == set(result["cpu_times"])
+    assert [(each["clock"], each["density"]) for each in data["means"]] == [
+        ("CPU time", 0.01), ("CPU time", 0.2), ("wall time", 0.01), ("wall time", 0.2),
+    ]  # fmt: skip
+    assert data["means"][0]["targets"] == {"mean": 0.10, "each": 0.13}
+    assert "sampled_matmul / tf.matmul, wall time" in text
+
+
 def test_bench_compact(tmp_path):
     data, text = run(
         "bench_compact.py", "--size", "8K", "--large", "16K", "--quick", "--repeats", "8", "--optimizer", "Adam",
