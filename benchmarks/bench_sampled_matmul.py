@@ -120,7 +120,13 @@ def add_rows(table: Any, results: list[dict[str, Any]], densities: list[float], 
             _common.verdict(largest, of_each),
         )
         means.append(
-            {"clock": clock, "density": density, "mean": mean, "largest": largest, "targets": [of_mean, of_each]}
+            {
+                "clock": clock,
+                "density": density,
+                "mean": mean,
+                "largest": largest,
+                "targets": {"mean": of_mean, "each": of_each},
+            }
         )
     return means
 

@@ -30,8 +30,9 @@ HEAD = 8
 
 _TOKENS = 128
 
-_BLOCKS = ((0.03, 768, 1024), (0.075, 128, 512), (1.0, 64, 512))
-"""Up to which share of trainable entries a panel and a chunk are the fastest.
+_CHUNK = 512
+_PANELS = ((0.03, 768), (0.075, 128), (1.0, 64))
+"""Up to which share of trainable entries a panel is the fastest.
 
 A panel of many entries lies in the first-level cache, of few with its chunk in the second: `_TOKENS` floats for each
 column and each row. The wider a panel, the more entries has a visit, for which a row of `x^T` is loaded.
@@ -41,8 +42,7 @@ column and each row. The wider a panel, the more entries has a visit, for which 
 def block_shape(rows: int, columns: int, capacity: int) -> tuple[int, int, int]:
     """Returns tokens, panel and chunk, see above, for a matrix of a shape with room for so many trainable entries."""
     share = min(capacity / max(rows * columns, 1), 1.0)
-    panel, chunk = next((panel, chunk) for most, panel, chunk in _BLOCKS if share <= most)
-    return _TOKENS, panel, chunk
+    return _TOKENS, next(panel for most, panel in _PANELS if share <= most), _CHUNK
 
 
 def visits_size(rows: int, columns: int, capacity: int) -> int:

@@ -179,10 +179,18 @@ def test_nothing_is_read_or_written_outside_whatever_the_plan_says(kernels, plac
     refused(kernels, plan)
 
 
-def test_a_plan_that_names_a_rank_twice_leaves_zeros(kernels):
-    """It cannot be told from others at little cost; what nobody writes is not left as it was."""
+def test_a_plan_that_names_a_rank_twice_is_refused(kernels):
+    """Two threads would write one entry, and nobody another."""
     plan = PLAN.copy()
-    plan[RANKS : RANKS + 3] = 0
-    x, dy = np.ones((40, 90), np.float32), np.ones((40, 70), np.float32)
-    result = Product(kernels, x, dy, plan, ENTRIES, threads=1).run()
-    assert set(np.unique(result)) == {0.0, 40.0}
+    plan[RANKS + 1] = plan[RANKS]
+    assert refused(kernels, plan)
+    plan = PLAN.copy()
+    plan[[RANKS, RANKS + 1]] = plan[[RANKS + 1, RANKS]]
+    assert refused(kernels, plan)
+
+
+def test_columns_are_not_looked_at_where_there_is_no_token(kernels):
+    plan = PLAN.copy()
+    plan[COLUMNS] = -1
+    x, dy = np.ones((0, 90), np.float32), np.ones((0, 70), np.float32)
+    assert not Product(kernels, x, dy, plan, ENTRIES).run().any()

@@ -12,6 +12,7 @@ from freezeops.masks import packing, visits
 SHAPES = st.tuples(
     st.sampled_from([0, 1, 2, 7, 64, 300, 511, 512, 513]), st.sampled_from([0, 1, 3, 63, 64, 65, 130, 800])
 )
+SETTINGS = settings(deadline=None, max_examples=60)
 DENSITIES = st.sampled_from([0.0, 0.003, 0.05, 0.4, 1.0])
 
 
@@ -41,6 +42,7 @@ def entries_of(plan):
     return sorted(found)
 
 
+@SETTINGS
 @given(
     shape=SHAPES,
     density=DENSITIES,
@@ -56,7 +58,7 @@ def test_every_trainable_entry_is_visited_once(shape, density, room, seed):
     assert entries_of(plan) == [(rank, *place) for rank, place in enumerate(np.argwhere(trainable).tolist())]
 
 
-@settings(deadline=None, max_examples=60)
+@SETTINGS
 @given(shape=SHAPES, density=DENSITIES, seed=st.integers(0, 99))
 def test_same_without_the_host_module(shape, density, seed):
     assert packing.host_module() is not None

@@ -88,7 +88,7 @@ def test_bench_sampled_matmul(tmp_path):
     ]  # fmt: skip
     for result in data["results"]:
         assert set(result["ratio"]) == {"CPU time", "wall time"}
-        assert set(result["times"]) == {"whole", str(result["density"])} == set(result["cpu_times"])
+        assert set(result["times"]) == set(result["cpu_times"]) == {"whole", str(result["density"])}
     assert [(each["clock"], each["density"]) for each in data["means"]] == [
         ("CPU time", 0.01), ("CPU time", 0.2), ("wall time", 0.01), ("wall time", 0.2),
     ]  # fmt: skip

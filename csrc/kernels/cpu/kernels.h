@@ -115,9 +115,8 @@ struct FusedKernels {
 // The sampled matrix product: entries of x^T dy by a plan. Both operands are transposed, a block of tokens at a time,
 // to float32: entry (token, column) is at column * tokens + token.
 struct SampledKernels {
-  // Returns whether what the plan says of a block is possible: by it nothing is read or written outside. All that is
-  // known of the plan is that its parts are in the vector.
-  bool (*block_is_possible)(const Visits& visits, int64_t block);
+  // Returns whether the columns of a block of the plan are columns of its panel. The rest of the plan was checked.
+  bool (*columns_are_possible)(const Visits& visits, int64_t block);
 
   // Transposes `columns` columns, from `first_column` on, of a matrix with `from_stride` entries in a row. It has
   // `tokens` rows, and zeros stand for more, up to `to_stride`: 16, 32, 64, 128 or 256. The type is not float64.
@@ -125,7 +124,7 @@ struct SampledKernels {
                     int64_t from_stride, int64_t tokens, int64_t columns);
 
   // Adds to each entry of a block of the plan, in the order of visits, the product of its row of x and its column of
-  // dy. `tokens` is as `to_stride` above; the plan was checked.
+  // dy. `sums` are those of the block; `tokens` is as `to_stride` above; the plan was checked.
   void (*add_products)(const Visits& visits, int64_t block, const float* x, const float* dy, int64_t tokens,
                        float* sums);
 };

@@ -153,12 +153,14 @@ void add_groups(const Visits& visits, int64_t block, const float* x, const float
       add_group<Dots, kSteps, 4>, add_group<Dots, kSteps, 5>, add_group<Dots, kSteps, 6>, add_group<Dots, kSteps, 7>};
   const BlockStart start = visits.starts[block], end = visits.starts[block + 1];
   const int32_t* row = visits.row + start.visit;
-  int64_t entry = start.entry;
+  const uint16_t* columns = visits.in_panel + start.entry;
   for (int32_t i = start.group; i < end.group; ++i) {
     const VisitGroup group = visits.group[i];
-    kByRest[group.count % 8](group, row, visits.in_panel + entry, x, dy, sums + entry);
+    kByRest[group.count % 8](group, row, columns, x, dy, sums);
+    const int64_t entries = int64_t{group.visits} * group.count;
     row += group.visits;
-    entry += int64_t{group.visits} * group.count;
+    columns += entries;
+    sums += entries;
   }
 }
 
@@ -179,33 +181,12 @@ void add_products(const Visits& visits, int64_t block, const float* x, const flo
   }
 }
 
-// Returns whether what a block of the plan says is possible: nothing is read or written outside by it.
-bool block_is_possible(const Visits& visits, int64_t block) {
-  const BlockStart start = visits.starts[block], end = visits.starts[block + 1];
-  if (start.group < 0 || start.group > end.group || end.group > visits.groups) return false;
-  if (start.visit < 0 || start.visit > end.visit || end.visit > visits.visits) return false;
-  if (start.entry < 0 || start.entry > end.entry || end.entry > visits.entries) return false;
-  const int64_t first_row = block / visits.panels * visits.chunk;
-  const int64_t end_row = first_row + visits.rows_of(block / visits.panels);
-  const int64_t columns = visits.columns_of(block % visits.panels);
-  int64_t visit = start.visit, entry = start.entry;
-  bool possible = true;
-  for (int32_t i = start.group; i < end.group; ++i) {
-    const VisitGroup group = visits.group[i];
-    if (group.count < 1 || group.count > columns || group.visits < 1 || group.visits > end.visit - visit) return false;
-    const int64_t last_rank = visits.entries - group.count;
-    for (int64_t end_visit = visit + group.visits; visit < end_visit; ++visit) {
-      possible &= visits.row[visit] >= first_row && visits.row[visit] < end_row;
-      possible &= visits.rank[visit] >= 0 && visits.rank[visit] <= last_rank;
-    }
-    entry += int64_t{group.visits} * group.count;
-  }
-  if (!possible || visit != end.visit || entry != end.entry) return false;
+bool columns_are_possible(const Visits& visits, int64_t block) {
   uint16_t largest = 0;
-  for (entry = start.entry; entry < end.entry; ++entry) {
+  for (int64_t entry = visits.starts[block].entry; entry < visits.starts[block + 1].entry; ++entry) {
     largest = visits.in_panel[entry] > largest ? visits.in_panel[entry] : largest;
   }
-  return largest < columns;
+  return largest < visits.columns_of(block % visits.panels);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "kernels/common/dtypes.h"
 #include "kernels/cpu/kernels.h"
@@ -59,6 +60,45 @@ inline bool ReadVisits(const int32_t* plan, int64_t size, int64_t rows, int64_t 
   const BlockStart first = found.starts[0], end = found.starts[found.blocks()];
   return first.group == 0 && first.visit == 0 && first.entry == 0 && end.group == found.groups &&
          end.visit == found.visits && end.entry == found.entries;
+}
+
+// Returns whether a chunk of a plan is possible, but for its columns: each entry of its rows has a rank of its own, and
+// by what it says no other is written. All that is known of the plan is that its parts are in the vector.
+inline bool ChunkIsPossible(const Visits& visits, int64_t chunk) {
+  const int64_t first_row = chunk * visits.chunk, rows = visits.rows_of(chunk);
+  struct Ranks {
+    int64_t begin = -1, end = -1;
+  };
+  std::vector<Ranks> of_row(rows);
+  for (int64_t block = chunk * visits.panels; block < (chunk + 1) * visits.panels; ++block) {
+    const BlockStart start = visits.starts[block], end = visits.starts[block + 1];
+    if (start.group < 0 || start.group > end.group || end.group > visits.groups) return false;
+    if (start.visit < 0 || start.visit > end.visit || end.visit > visits.visits) return false;
+    if (start.entry < 0 || start.entry > end.entry || end.entry > visits.entries) return false;
+    const int64_t columns = visits.columns_of(block % visits.panels);
+    int64_t visit = start.visit, entry = start.entry;
+    for (int32_t i = start.group; i < end.group; ++i) {
+      const VisitGroup group = visits.group[i];
+      if (group.count < 1 || group.count > columns) return false;
+      if (group.visits < 1 || group.visits > end.visit - visit) return false;
+      for (const int64_t last = visit + group.visits; visit < last; ++visit) {
+        const int64_t row = visits.row[visit] - first_row, rank = visits.rank[visit];
+        if (row < 0 || row >= rows || (of_row[row].end >= 0 && rank != of_row[row].end)) return false;
+        if (of_row[row].end < 0) of_row[row].begin = rank;
+        of_row[row].end = rank + group.count;
+      }
+      entry += int64_t{group.visits} * group.count;
+    }
+    if (visit != end.visit || entry != end.entry) return false;
+  }
+  // Ranks go on from row to row, and from chunk to chunk.
+  int64_t rank = visits.starts[chunk * visits.panels].entry;
+  for (const Ranks& ranks : of_row) {
+    if (ranks.end < 0) continue;
+    if (ranks.begin != rank) return false;
+    rank = ranks.end;
+  }
+  return rank == visits.starts[(chunk + 1) * visits.panels].entry;
 }
 
 inline constexpr char kVisitsMessage[] =
@@ -126,12 +166,16 @@ class SampledMatmul {
         parallel_for_(std::move(parallel_for)) {}
 
   SampledResult Run(const int32_t* plan, int64_t size, void* result, int64_t capacity) {
-    if (!ReadVisits(plan, size, x_.columns, dy_.columns, capacity, &visits_) || !EachBlockIsPossible()) {
+    if (!ReadVisits(plan, size, x_.columns, dy_.columns, capacity, &visits_) || !EachChunkIsPossible()) {
       return SampledResult::kNotThePlan;
     }
-    // In a plan that is no mask's some ranks may be named by no visit.
-    std::memset(result, 0, capacity * width_of(type_));
-    if (visits_.entries == 0 || tokens_ == 0) return SampledResult::kDone;
+    const int64_t written = tokens_ == 0 ? 0 : visits_.entries;
+    const int64_t width = width_of(type_);
+    if (written < capacity) std::memset(static_cast<char*>(result) + written * width, 0, (capacity - written) * width);
+    if (written == 0) return SampledResult::kDone;
+
+    const int64_t cycles = Cycles();
+    const int64_t threads = std::min(threads_, cycles / kLeastCycles + 1);
     const int64_t most = Padded(std::min(tokens_, visits_.tokens));
     const Memory memory = Allocate(most * (x_.columns + dy_.columns) + visits_.entries);
     if (memory == nullptr) return SampledResult::kNoMemory;
@@ -140,13 +184,11 @@ class SampledMatmul {
     sums_ = dy_.transposed + most * dy_.columns;
     result_ = result;
 
-    const int64_t cycles = Cycles();
-    const int64_t threads = std::min(threads_, cycles / kLeastCycles + 1);
     Phases::Shared shared;
     parallel_for_(threads, cycles / threads, [&](int64_t first, int64_t last) {
       for (; first < last; ++first) RunThread(&shared);
     });
-    return SampledResult::kDone;
+    return possible_ ? SampledResult::kDone : SampledResult::kNotThePlan;
   }
 
  private:
@@ -160,7 +202,8 @@ class SampledMatmul {
   };
   using Memory = std::unique_ptr<float, Free>;
 
-  static constexpr int64_t kPiece = 256;           // columns that are transposed together
+  static constexpr int64_t kPiece = 256;  // columns that are transposed together
+  static constexpr int64_t kRunsOfThread = 16;
   static constexpr int64_t kLeastCycles = 100000;  // for a thread
 
   static Memory Allocate(int64_t floats) {
@@ -182,44 +225,48 @@ class SampledMatmul {
     return static_cast<int64_t>(std::min(of_token * static_cast<double>(tokens_), 1e15));
   }
 
-  bool EachBlockIsPossible() const {
-    std::atomic<bool> possible(true);
-    const int64_t blocks = visits_.blocks();
-    parallel_for_(blocks, 20 + visits_.entries / std::max<int64_t>(blocks, 1), [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; ++block) {
-        if (!kernels().block_is_possible(visits_, block)) possible = false;
+  bool EachChunkIsPossible() {
+    const int64_t chunks = visits_.chunks;
+    const int64_t cycles = 100 + 4 * (visits_.rows + visits_.visits) / std::max<int64_t>(chunks, 1);
+    parallel_for_(chunks, cycles, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        if (!ChunkIsPossible(visits_, chunk)) possible_ = false;
       }
     });
-    return possible;
+    return possible_;
   }
 
+  int64_t EntriesOf(int64_t block) const { return visits_.starts[block + 1].entry - visits_.starts[block].entry; }
+
   // The work of one thread: in turn with the others, for each block of tokens, transposing and multiplying.
-  void RunThread(Phases::Shared* shared) const {
+  void RunThread(Phases::Shared* shared) {
     Phases phases(shared);
     const int64_t blocks = visits_.blocks();
     // Runs of blocks, many enough for threads to end together.
     const int64_t runs = std::min(blocks, kRunsOfThread * threads_);
     for (int64_t first = 0; first < tokens_; first += visits_.tokens) {
-      const int64_t count = std::min(visits_.tokens, tokens_ - first);
-      phases.Run(Pieces(x_) + Pieces(dy_), [&](int64_t piece) { Transpose(piece, first, count); });
+      phases.Run(Pieces(x_) + Pieces(dy_), [&](int64_t piece) { Transpose(piece, first); });
       phases.Run(runs, [&](int64_t run) {
         for (int64_t block = run * blocks / runs; block < (run + 1) * blocks / runs; ++block) {
-          AddProducts(block, first == 0, first + count == tokens_, Padded(count));
+          if (EntriesOf(block) > 0) AddProducts(block, first);
         }
       });
     }
   }
 
+  // Tokens of the block that begins with token `first`.
+  int64_t TokensFrom(int64_t first) const { return std::min(visits_.tokens, tokens_ - first); }
+
   static int64_t Pieces(const Operand& operand) { return (operand.columns + kPiece - 1) / kPiece; }
 
-  // Transposes a piece of `count` tokens from `first` on, if it has visits.
-  void Transpose(int64_t piece, int64_t first, int64_t count) const {
+  // Transposes a piece of a block of tokens, if it has visits.
+  void Transpose(int64_t piece, int64_t first) const {
     const bool of_x = piece >= Pieces(dy_);
     const Operand& operand = of_x ? x_ : dy_;
     const int64_t column = (of_x ? piece - Pieces(dy_) : piece) * kPiece;
     const int64_t columns = std::min(kPiece, operand.columns - column);
     if (of_x ? !RowsAreVisited(column, columns) : !ColumnsAreVisited(column, columns)) return;
-    const int64_t padded = Padded(count);
+    const int64_t count = TokensFrom(first), padded = Padded(count);
     const char* const rows = static_cast<const char*>(operand.data) + first * operand.columns * width_of(type_);
     kernels().transpose(type_, operand.transposed + column * padded, padded, rows, column, operand.columns, count,
                         columns);
@@ -236,23 +283,25 @@ class SampledMatmul {
   bool ColumnsAreVisited(int64_t column, int64_t count) const {
     for (int64_t panel = column / visits_.panel; panel <= (column + count - 1) / visits_.panel; ++panel) {
       for (int64_t chunk = 0; chunk < visits_.chunks; ++chunk) {
-        const int64_t block = chunk * visits_.panels + panel;
-        if (visits_.starts[block].entry != visits_.starts[block + 1].entry) return true;
+        if (EntriesOf(chunk * visits_.panels + panel) > 0) return true;
       }
     }
     return false;
   }
 
-  void AddProducts(int64_t block, bool is_first, bool is_last, int64_t padded) const {
-    const int64_t entry = visits_.starts[block].entry;
-    const int64_t count = visits_.starts[block + 1].entry - entry;
-    if (count == 0) return;
-    if (is_first) std::memset(sums_ + entry, 0, count * sizeof(float));
-    kernels().add_products(visits_, block, x_.transposed, dy_.transposed, padded, sums_);
-    if (!is_last) return;
+  // Adds the products of a block of tokens to the sums of a block of the plan; after the last ones puts these into the
+  // result. Columns are checked where they are read anyway.
+  void AddProducts(int64_t block, int64_t first) {
+    if (first == 0 && !kernels().columns_are_possible(visits_, block)) possible_ = false;
+    if (!possible_) return;
+    float* const sums = sums_ + visits_.starts[block].entry;
+    if (first == 0) std::memset(sums, 0, EntriesOf(block) * sizeof(float));
+    const int64_t count = TokensFrom(first);
+    kernels().add_products(visits_, block, x_.transposed, dy_.transposed, Padded(count), sums);
+    if (first + count < tokens_) return;
     with_float(type_, [&](auto constant) {
       using Entry = typename EntryOf<decltype(constant)::value>::Type;
-      PutInOrder(block, sums_ + entry, static_cast<Entry*>(result_));
+      PutInOrder(block, sums, static_cast<Entry*>(result_));
     });
   }
 
@@ -270,14 +319,13 @@ class SampledMatmul {
     }
   }
 
-  static constexpr int64_t kRunsOfThread = 16;
-
   Float type_;
   Operand x_, dy_;
   int64_t tokens_;
   int64_t threads_;
   ParallelForFunction parallel_for_;
   Visits visits_ = {};
+  std::atomic<bool> possible_{true};
   float* sums_ = nullptr;
   void* result_ = nullptr;
 };

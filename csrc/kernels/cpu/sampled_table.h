@@ -13,7 +13,7 @@ namespace {
 template <typename Dots>
 constexpr SampledKernels sampled_kernels() {
   return {
-      block_is_possible,
+      columns_are_possible,
       transpose<Dots>,
       add_products<Dots>,
   };

@@ -12,7 +12,7 @@ namespace cpu {
 
 constexpr int64_t kVisitsHead = 8;  // HEAD in freezeops/masks/visits.py
 
-// Tokens are transposed in blocks of this many at most.
+// A block of tokens has this many at most.
 constexpr int64_t kMostTokens = 256;
 
 // Where a block of the plan begins: its first group, visit and entry.
