@@ -114,9 +114,11 @@ int64_t UpdateInThreads(const Mask& mask, bool compact, bool sparse) {
   return wrong;
 }
 
-// Every entry whose row and column are not both odd is trainable: a plan of two counts in each block.
-int64_t MultiplyInThreads() {
-  constexpr int32_t kTokens = 300, kRows = 200, kColumns = 150, kPanel = 15, kChunk = 32;
+constexpr int32_t kRows = 200, kColumns = 150;
+
+// The plan of a mask in which an entry is trainable unless its row and its column are odd: of two counts in each block.
+std::vector<int32_t> MakePlan() {
+  constexpr int32_t kPanel = 15, kChunk = 32;
   constexpr int32_t kPanels = kColumns / kPanel, kChunks = (kRows + kChunk - 1) / kChunk;
   std::vector<int32_t> starts, groups, rows, ranks;
   std::vector<uint16_t> in_panel;
@@ -125,51 +127,45 @@ int64_t MultiplyInThreads() {
       starts.push_back(static_cast<int32_t>(size));
     }
   };
-  const auto rank_of = [](int32_t row, int32_t column) {
-    const int32_t before = (row + 1) / 2 * kColumns + row / 2 * (kColumns / 2);
-    return before + (row % 2 == 0 ? column : (column + 1) / 2);
-  };
   for (int32_t block = 0; block < kChunks * kPanels; ++block) {
     start();
     const int32_t first_row = block / kPanels * kChunk, first_column = block % kPanels * kPanel;
     for (const int32_t odd : {1, 0}) {
-      const int32_t first = first_column + (odd == 1 ? first_column % 2 : 0);
-      const size_t rows_before = rows.size();
-      const size_t entries_before = in_panel.size();
-      for (int32_t row = first_row + odd; row < std::min(first_row + kChunk, kRows); row += 2) {
+      const int32_t first = first_column + odd * (first_column % 2), step = 1 + odd;
+      const int32_t end_row = std::min(first_row + kChunk, kRows);
+      groups.push_back((first_column + kPanel - first + step - 1) / step);
+      groups.push_back((end_row - first_row) / 2);
+      for (int32_t row = first_row + odd; row < end_row; row += 2) {
         rows.push_back(row);
-        ranks.push_back(rank_of(row, first));
-        for (int32_t column = first; column < first_column + kPanel; column += 1 + odd) {
+        const int32_t before = (row + 1) / 2 * kColumns + row / 2 * (kColumns / 2);
+        ranks.push_back(before + (odd == 0 ? first : first / 2));
+        for (int32_t column = first; column < first_column + kPanel; column += step) {
           in_panel.push_back(static_cast<uint16_t>(column - first_column));
         }
       }
-      const size_t visits = rows.size() - rows_before;
-      groups.push_back(static_cast<int32_t>((in_panel.size() - entries_before) / visits));
-      groups.push_back(static_cast<int32_t>(visits));
     }
   }
   start();
-  const int32_t entries = static_cast<int32_t>(in_panel.size());
-  std::vector<int32_t> plan = {128,
-                               kPanel,
-                               kChunk,
-                               kRows,
-                               kColumns,
-                               entries,
-                               static_cast<int32_t>(rows.size()),
-                               static_cast<int32_t>(groups.size() / 2)};
+  std::vector<int32_t> plan = {128, kPanel, kChunk, kRows, kColumns};
+  for (const size_t size : {in_panel.size(), rows.size(), groups.size() / 2}) {
+    plan.push_back(static_cast<int32_t>(size));
+  }
   for (const auto* part : {&starts, &groups, &rows, &ranks}) plan.insert(plan.end(), part->begin(), part->end());
   const size_t before_columns = plan.size();
   plan.resize(before_columns + (in_panel.size() + 1) / 2);
   std::memcpy(plan.data() + before_columns, in_panel.data(), 2 * in_panel.size());
+  return plan;
+}
 
-  // Whole numbers, whose products and sums are exact.
-  std::vector<float> x(kTokens * kRows), dy(kTokens * kColumns), result(entries);
+// By a plan of MakePlan; of whole numbers, whose products and sums are exact.
+int64_t MultiplyInThreads(const std::vector<int32_t>& plan) {
+  constexpr int32_t kTokens = 300;
+  std::vector<float> x(kTokens * kRows), dy(kTokens * kColumns), result(plan[5]);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 7 % 11) - 5;
   for (size_t i = 0; i < dy.size(); ++i) dy[i] = static_cast<float>(i * 5 % 13) - 6;
   cpu::SampledMatmul product(Float::kFloat32, x.data(), dy.data(), kTokens, kRows, kColumns, kThreads, InThreads);
   int64_t wrong =
-      product.Run(plan.data(), static_cast<int64_t>(plan.size()), result.data(), entries) != cpu::SampledResult::kDone;
+      product.Run(plan.data(), static_cast<int64_t>(plan.size()), result.data(), plan[5]) != cpu::SampledResult::kDone;
   size_t rank = 0;
   for (int32_t row = 0; row < kRows; ++row) {
     for (int32_t column = 0; column < kColumns; ++column) {
@@ -204,7 +200,8 @@ int main() {
     }
   }
   for (int step = 0; step < 30; ++step) wrong += UpdateInThreads(masks[0], true, false);
-  for (int step = 0; step < 10; ++step) wrong += MultiplyInThreads();
+  const std::vector<int32_t> plan = MakePlan();
+  for (int step = 0; step < 10; ++step) wrong += MultiplyInThreads(plan);
   std::printf("%s: %lld wrong\n", cpu::kernels().isa, static_cast<long long>(wrong));
   return wrong == 0 ? 0 : 1;
 }
