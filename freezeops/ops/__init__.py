@@ -23,6 +23,9 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 SAMPLED_DTYPES = ("float16", "bfloat16", "float32")
 """The dtypes of `sampled_matmul`."""
 
+CPU_ONLY = ("sampled_matmul",)
+"""The ops that have no kernel for GPUs. Where a GPU is visible their twins run."""
+
 
 def _reason_for_reference() -> str | None:
     """Returns the reason for which the twins run, or None if the native ops do."""
@@ -51,6 +54,8 @@ def paths() -> dict[str, str]:
     if backend.is_reference():
         host = "reference (FREEZEOPS_BACKEND=reference)"
     device = dict.fromkeys(_OPS, f"reference ({reason})" if reason else "native")
+    if reason is None and tf.config.list_logical_devices("GPU"):
+        device |= dict.fromkeys(CPU_ONLY, "reference (a GPU is visible and the op is for CPUs)")
     return device | dict.fromkeys(packing.HOST_OPS, host)
 
 

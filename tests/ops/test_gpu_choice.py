@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from freezeops import __main__ as command
 from freezeops import ops
-from freezeops.ops import gpu_check, native
+from freezeops.ops import gpu_check, native, reference
 
 KERNELS = native.CudaKernels("nvcc 13.0.88", (75, 80, 86, 89, 90), (90,), runtime=13000, driver=13010)
 GPU = native.Gpu("NVIDIA H100", 90)
@@ -35,7 +35,17 @@ def test_kernels_run(machine, capability):
     machine(KERNELS, GPU, native.Gpu("another", capability))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert {ops.paths()[name] for name in ops._OPS} == {"native"}
+        paths = ops.paths()
+    assert {paths[name] for name in ops._OPS if name not in ops.CPU_ONLY} == {"native"}
+    assert {paths[name] for name in ops.CPU_ONLY} == {"reference (a GPU is visible and the op is for CPUs)"}
+
+
+def test_an_op_for_cpus_runs_as_its_twin(machine, monkeypatch):
+    machine(KERNELS, GPU)
+    called = []
+    monkeypatch.setattr(reference, "sampled_matmul", lambda *arguments: called.append(arguments))
+    ops.sampled_matmul(tf.ones((3, 4)), tf.ones((3, 5)), None, None, None, None)
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("driver, shown", [(12080, "12.8"), (0, "0.0")])

@@ -49,6 +49,9 @@ def handles(op):
 @pytest.mark.parametrize("op", ops._OPS)
 def test_kernels_are_registered_for_every_dtype(kernels, op):
     registered = [k for k in get_registered_kernels_for_op(f"Freezeops>{camel(op)}").kernel if k.device_type == "GPU"]
+    if op in ops.CPU_ONLY:
+        assert not registered
+        return
     if op == "rank_trainable":  # moves no floats
         assert len(registered) == 1 and not registered[0].constraint
         return
