@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -171,10 +172,18 @@ EXPORT int fz_update_range(int type, const char* name, const void* scalars, cons
 // Always on as many threads as are asked for, as far as there is something for each.
 EXPORT int fz_sampled_matmul(int type, void* result, int64_t capacity, const void* x, const void* dy, int64_t tokens,
                              int64_t rows, int64_t columns, const int32_t* plan, int64_t size, int64_t threads) {
-  cpu::SampledMatmul product(static_cast<Float>(type), x, dy, tokens, rows, columns, threads,
-                             [threads](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& work) {
-                               if (count > 0) InThreads(std::min(threads, count), count, work);
-                             });
+  const auto parallel_for = [threads](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& work) {
+    if (count > 0) InThreads(std::min(threads, count), count, work);
+  };
+  // NaN: what is read before it was written is seen.
+  std::vector<float> memory;
+  const int64_t most = cpu::MostScratch(tokens, rows, columns, capacity);
+  const auto scratch = [&](int64_t floats) -> float* {
+    if (floats > most) return nullptr;
+    memory.assign(floats, std::numeric_limits<float>::quiet_NaN());
+    return memory.data();
+  };
+  cpu::SampledMatmul product(static_cast<Float>(type), x, dy, tokens, rows, columns, threads, parallel_for, scratch);
   return static_cast<int>(product.Run(plan, size, result, capacity));
 }
 

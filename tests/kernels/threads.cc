@@ -160,10 +160,14 @@ std::vector<int32_t> MakePlan() {
 // By a plan of MakePlan; of whole numbers, whose products and sums are exact.
 int64_t MultiplyInThreads(const std::vector<int32_t>& plan) {
   constexpr int32_t kTokens = 300;
-  std::vector<float> x(kTokens * kRows), dy(kTokens * kColumns), result(plan[5]);
+  std::vector<float> x(kTokens * kRows), dy(kTokens * kColumns), result(plan[5]), scratch;
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 7 % 11) - 5;
   for (size_t i = 0; i < dy.size(); ++i) dy[i] = static_cast<float>(i * 5 % 13) - 6;
-  cpu::SampledMatmul product(Float::kFloat32, x.data(), dy.data(), kTokens, kRows, kColumns, kThreads, InThreads);
+  cpu::SampledMatmul product(Float::kFloat32, x.data(), dy.data(), kTokens, kRows, kColumns, kThreads, InThreads,
+                             [&](int64_t floats) {
+                               scratch.resize(floats);
+                               return scratch.data();
+                             });
   int64_t wrong =
       product.Run(plan.data(), static_cast<int64_t>(plan.size()), result.data(), plan[5]) != cpu::SampledResult::kDone;
   size_t rank = 0;

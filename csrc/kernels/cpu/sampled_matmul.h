@@ -12,9 +12,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <functional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -152,18 +151,27 @@ class Phases {
   int64_t end_of_phases_ = 0;  // of those that were run
 };
 
+// Returns room for so many floats until the product is made, best at a multiple of 64 bytes; null where there is none.
+using ScratchFunction = std::function<float*(int64_t)>;
+
+// Returns the most floats for which a call asks.
+inline int64_t MostScratch(int64_t tokens, int64_t rows, int64_t columns, int64_t capacity) {
+  return std::min(std::max<int64_t>(2 * tokens, 16), kMostTokens) * (rows + columns) + capacity;
+}
+
 // x^T dy where a mask is trainable. All pointers are to whole tensors: x [tokens, rows] and dy [tokens, columns] of
 // `type`, which is not float64; the plan; entries [capacity] of `type` for the result.
 class SampledMatmul {
  public:
   SampledMatmul(Float type, const void* x, const void* dy, int64_t tokens, int64_t rows, int64_t columns,
-                int64_t threads, ParallelForFunction parallel_for)
+                int64_t threads, ParallelForFunction parallel_for, ScratchFunction scratch)
       : type_(type),
         x_{x, rows},
         dy_{dy, columns},
         tokens_(tokens),
         threads_(threads),
-        parallel_for_(std::move(parallel_for)) {}
+        parallel_for_(std::move(parallel_for)),
+        scratch_(std::move(scratch)) {}
 
   SampledResult Run(const int32_t* plan, int64_t size, void* result, int64_t capacity) {
     if (!ReadVisits(plan, size, x_.columns, dy_.columns, capacity, &visits_) || !EachChunkIsPossible()) {
@@ -177,9 +185,8 @@ class SampledMatmul {
     const int64_t cycles = Cycles();
     const int64_t threads = std::min(threads_, cycles / kLeastCycles + 1);
     const int64_t most = Padded(std::min(tokens_, visits_.tokens));
-    const Memory memory = Allocate(most * (x_.columns + dy_.columns) + visits_.entries);
-    if (memory == nullptr) return SampledResult::kNoMemory;
-    x_.transposed = memory.get();
+    x_.transposed = scratch_(most * (x_.columns + dy_.columns) + visits_.entries);
+    if (x_.transposed == nullptr) return SampledResult::kNoMemory;
     dy_.transposed = x_.transposed + most * x_.columns;
     sums_ = dy_.transposed + most * dy_.columns;
     result_ = result;
@@ -197,20 +204,9 @@ class SampledMatmul {
     int64_t columns;
     float* transposed = nullptr;
   };
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  using Memory = std::unique_ptr<float, Free>;
-
   static constexpr int64_t kPiece = 256;  // columns that are transposed together
   static constexpr int64_t kRunsOfThread = 16;
   static constexpr int64_t kLeastCycles = 100000;  // for a thread
-
-  static Memory Allocate(int64_t floats) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, floats * sizeof(float)) != 0) memory = nullptr;
-    return Memory(static_cast<float*>(memory));
-  }
 
   // The number of tokens that a block is filled up to with zeros.
   static int64_t Padded(int64_t tokens) {
@@ -324,6 +320,7 @@ class SampledMatmul {
   int64_t tokens_;
   int64_t threads_;
   ParallelForFunction parallel_for_;
+  ScratchFunction scratch_;
   Visits visits_ = {};
   std::atomic<bool> possible_{true};
   float* sums_ = nullptr;

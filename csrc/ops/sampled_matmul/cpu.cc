@@ -24,9 +24,14 @@ class SampledMatmulOp : public tensorflow::OpKernel {
     if (sizes.capacity == 0) return;
     const Tensor& x = ctx->input(0);
     const Tensor& visits = ctx->input(2);
+    Tensor scratch;
+    const auto allocate = [&](int64_t floats) {
+      const absl::Status status = ctx->allocate_temp(tensorflow::DT_FLOAT, tensorflow::TensorShape({floats}), &scratch);
+      return status.ok() ? scratch.flat<float>().data() : nullptr;
+    };
     cpu::SampledMatmul product(FloatOf(x.dtype()), x.data(), ctx->input(1).data(), sizes.tokens, sizes.rows,
                                sizes.columns, ctx->device()->tensorflow_cpu_worker_threads()->num_threads,
-                               ParallelForOf(ctx));
+                               ParallelForOf(ctx), allocate);
     const cpu::SampledResult result =
         product.Run(visits.flat<int32_t>().data(), visits.NumElements(), compact->data(), sizes.capacity);
     OP_REQUIRES(ctx, result != cpu::SampledResult::kNotThePlan, NotThePlan(sizes, visits));

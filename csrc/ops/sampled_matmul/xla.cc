@@ -1,5 +1,8 @@
 // XLA kernel of SampledMatmul.
 
+#include <vector>
+
+#include "kernels/cpu/sampled_matmul.h"
 #include "ops/common/tf_compat.h"
 #include "ops/common/xla_compat.h"
 #include "ops/common/xla_helpers.h"
@@ -30,9 +33,11 @@ class SampledMatmulXlaOp : public XlaOpKernel {
     if (sizes.capacity == 0 || layout.kept == 0) {
       ctx->SetOutput(0, xla::Broadcast(xla::Zero(ctx->builder(), type), {sizes.capacity}));
     } else if (native_) {
-      const CallResult result{xla::ShapeUtil::MakeShape(type, {sizes.capacity})};
-      ctx->SetOutput(0, CallNative(ctx->builder(), kSampledMatmulCall, {ctx->Input(0), ctx->Input(1), ctx->Input(2)},
-                                   {result})[0]);
+      const int64_t scratch = cpu::MostScratch(sizes.tokens, sizes.rows, sizes.columns, sizes.capacity);
+      const std::vector<CallResult> results = {{xla::ShapeUtil::MakeShape(type, {sizes.capacity})},
+                                               {xla::ShapeUtil::MakeShape(xla::F32, {scratch})}};
+      ctx->SetOutput(
+          0, CallNative(ctx->builder(), kSampledMatmulCall, {ctx->Input(0), ctx->Input(1), ctx->Input(2)}, results)[0]);
     } else {
       ctx->SetOutput(0, xla::ConvertElementType(GatherProduct(ctx, layout), type));
     }
