@@ -76,10 +76,10 @@ FAULTS = {
         ["ops/seed_slots/xla.cc"],
     ),
     "plans that name rows that do not exist": (
-        "kernels/cpu/sampled_kernels.h",
-        "visits.row[visit] >= first_row && visits.row[visit] < end_row",
-        "visits.row[visit] >= first_row",
-        ["kernels/cpu/sampled_generic.cc", "kernels/cpu/sampled_avx2.cc", "kernels/cpu/sampled_avx512.cc"],
+        "kernels/cpu/sampled_matmul.h",
+        "row < 0 || row >= rows ||",
+        "row < 0 ||",
+        ["ops/sampled_matmul/cpu.cc"],
     ),
     "indices that are not the mask's": (
         "kernels/cpu/parallel_compact.h",
