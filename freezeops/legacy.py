@@ -106,6 +106,12 @@ class MaskedOptimizer(MaskMethods, InnerOptions, TfKerasWrapper, tf_keras.optimi
     ):
         check_installed()
         _check_inner(inner_optimizer)
+        for argument in ("state", "capacity", "fused", "skip_frozen_gradients"):
+            if argument in kwargs:
+                raise ValueError(
+                    f"`{argument}` must be used with `freezeops.MaskedOptimizer` around an optimizer of Keras 3. "
+                    f"Received: {argument}={short(kwargs[argument])} for one of tf_keras"
+                )
         check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
         check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` there is another base.

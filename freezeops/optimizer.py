@@ -30,6 +30,8 @@ from freezeops.registry.arguments import INNER_ARGUMENTS, check_arguments
 from freezeops.registry.methods import MaskMethods, check_lengths, mask_pairs
 from freezeops.slots import unfreezing
 from freezeops.slots.lookup import check_elementwise
+from freezeops.step.options import StepOptions, check_fused, check_skips
+from freezeops.step.scaler import gradients_for_scaler
 from freezeops.step.step import Step, masks_in_use
 from freezeops.step.traced_writes import guarded
 
@@ -56,7 +58,7 @@ _applying_pairs: ContextVar[_PairsCall | None] = ContextVar("_applying_pairs", d
 
 
 @keras.saving.register_keras_serializable(package="freezeops")
-class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
+class MaskedOptimizer(MaskMethods, StepOptions, KerasWrapper, keras.optimizers.Optimizer):
     """Trains only the entries that a mask lets through; the others stay bit for bit.
 
     Wraps any Keras optimizer. Gradients are masked by selection before anything
@@ -102,6 +104,10 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
             Adagrad or Lion, without a moving average. Results and state are those of the inner
             optimizer. Everything else goes the general way; `summary()` says which and why. May
             be set at any time; functions that were traced before go on as they were traced.
+        skip_frozen_gradients: Whether gradients of frozen entries are left uncomputed, with compact state
+            and in traced steps, where a layer's input and the gradient of its output say what they are
+            made of. Trainable entries get theirs within rounding, in another order of sums. `summary()`
+            says for which variables, and why not for others. May be set at any time, as `fused`.
 
     Raises:
         ValueError: If an argument belongs to the inner optimizer, or is unknown; with
@@ -139,10 +145,12 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         name: str | None = None,
         capacity: Capacity | Mapping[str, Capacity] | None = None,
         fused: bool = True,
+        skip_frozen_gradients: bool = False,
         **kwargs: Any,
     ):
         contract.check_installed()
         _check_arguments(inner_optimizer, masks, state, maskable, unfreeze_policy, capacity, fused, kwargs)
+        check_skips(skip_frozen_gradients, state)
         check_strategy(tf.distribute.get_strategy())
         # Not `super()`: in `MaskedLossScaleOptimizer` that would be the `LossScaleOptimizer`.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
@@ -152,6 +160,7 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         self.state = state
         self.unfreeze_policy = unfreeze_policy
         self._fused = fused
+        self._skips = skip_frozen_gradients
         self._assembly = Assembly(self, inner_optimizer, state == "compact", maskable, capacity, unfreeze_policy)
         self._masks = self._assembly.masks  # for TensorFlow's tracking
         self._registry = self._assembly.registry
@@ -173,7 +182,7 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
                 created then.
         """
         if scaler := loss_scaler_that_builds(self):
-            mask_before_loss_scaling(scaler, self._mask_for_scaler)
+            mask_before_loss_scaling(scaler, self._for_scaler)
             stored_state.store_scalers_around(KerasWrapper)
         variables = list(variables)
         if not self.built and variables:  # a model from an .h5 file builds its optimizer with no variables first
@@ -183,29 +192,19 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
             with tf.init_scope():
                 stored_state.assign_waiting(scaler)
 
-    def _mask_for_scaler(
+    def _for_scaler(
         self, gradients: Sequence[Gradient | None], variables: Sequence[Variable] | None
-    ) -> list[Gradient | None]:
-        known = self._registry.index.variables
-        return self.mask_gradients(gradients, known if variables is None else variables)
+    ) -> AbstractContextManager[list[Gradient | None]]:
+        known = list(self._registry.index.variables if variables is None else variables)
+        check_lengths(gradients, known)
+        self._build_once(known)
+        managed = [self._registry.record_of(variable) for variable in known]
+        return gradients_for_scaler(managed, gradients, self._skips)
 
     def _build_once(self, variables: Sequence[Variable]) -> None:
         if not self._registry.built:
             with keras.name_scope(self.name):
                 self.build(variables)
-
-    @property
-    def fused(self) -> bool:
-        """True if variables are updated in one native pass where that can be; may be set at any time.
-
-        Functions that were traced before go on as they were traced.
-        """
-        return bool(self._fused)
-
-    @fused.setter
-    def fused(self, fused: bool) -> None:
-        _check_fused(fused)
-        self._fused = fused
 
     def repack(
         self,
@@ -279,9 +278,11 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
         with guarded(), keras.name_scope(self.name), tf.control_dependencies(in_use):
             given = [registry.record_of(variable) for variable in variables]
             replicas = strategy_of(self).num_replicas_in_sync
-            step = Step(self.inner_optimizer, registry.managed, given, self.fused, several_replicas=replicas > 1)
+            step = Step(self.inner_optimizer, registry.managed, given, self.fused, replicas > 1, self._skips)
             for managed, gradient in zip(given, grads, strict=True):
                 step.take(managed, gradient)
+            if self._skips:
+                registry.warn_of_nothing_skipped()
             if not step.variables:
                 # All are frozen for good; the inner optimizer would not count the step.
                 step_counter(self.inner_optimizer).assign_add(1)
@@ -388,6 +389,7 @@ class MaskedOptimizer(MaskMethods, KerasWrapper, keras.optimizers.Optimizer):
             "unfreeze_policy": self.unfreeze_policy,
             "capacity": self._registry.capacity,
             "fused": self.fused,
+            "skip_frozen_gradients": self.skip_frozen_gradients,
         }
         return config | self._registry.get_config()
 
@@ -456,7 +458,7 @@ def _check_arguments(
     check_arguments(masks, maskable, _INNER_ARGUMENTS, kwargs)
     if state not in ("full", "compact"):
         raise ValueError(f"`state` must be 'full' or 'compact'. Received: state={short(state)}")
-    _check_fused(fused)
+    check_fused(fused)
     check_capacity(capacity)
     if state == "compact":
         check_elementwise(inner_optimizer)
@@ -469,8 +471,3 @@ def _check_arguments(
         )
     for base in base_optimizers(inner_optimizer):
         contract.check_options(base, state == "compact")
-
-
-def _check_fused(fused: Any) -> None:
-    if not isinstance(fused, bool):
-        raise TypeError(f"`fused` must be a bool. Received: fused={short(fused)}")

@@ -19,6 +19,7 @@ LAYERS = (
     ("ops",),
     ("keras_compat",),
     ("partitions",),
+    ("backward",),
     ("slots",),
     ("step",),
     ("registry",),

@@ -43,20 +43,21 @@ def loss_scaler_that_builds(
 
 def mask_before_loss_scaling(
     scaler: keras.optimizers.LossScaleOptimizer,
-    mask: Callable[[Sequence[Any], Sequence[Variable] | None], list[Any]],
+    masked: Callable[[Sequence[Any], Sequence[Variable] | None], AbstractContextManager[list[Any]]],
 ) -> None:
     """Makes a `LossScaleOptimizer` mask gradients before it checks that they are finite.
 
     Args:
         scaler: The wrapper. It is changed, once.
-        mask: Masks gradients, given the variables or `None` for all.
+        masked: Around its step: gives masked gradients, given those of the model and the variables or `None` for all.
     """
     if "_tf_apply" in vars(scaler) or not contract.is_on(contract.SCALER):
         return
     apply = scaler._tf_apply
 
     def masked_apply(grads: Sequence[Any], trainable_variables: Sequence[Variable] | None = None) -> None:
-        apply(mask(grads, trainable_variables), trainable_variables)
+        with masked(grads, trainable_variables) as looked_at:
+            apply(looked_at, trainable_variables)
 
     scaler._tf_apply = masked_apply
 

@@ -56,6 +56,11 @@ def components(variable: Variable) -> list[tf.Variable]:
     return [variable.values[replica % len(variable.values)]]
 
 
+def replicas_step_by_themselves() -> bool:
+    """Returns whether no replica of this context waits for others to update variables together."""
+    return bool(tf.__internal__.distribute.strategy_supports_no_merge_call())
+
+
 def replica_number() -> int | None:
     """Returns the number of the replica that this is called in, 0 if there is one alone; `None` outside of all."""
     context = tf.distribute.get_replica_context()

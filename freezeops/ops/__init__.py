@@ -27,8 +27,8 @@ CPU_ONLY = ("sampled_matmul",)
 """The ops that have no kernel for GPUs. Where a GPU is visible their twins run."""
 
 
-def _reason_for_reference() -> str | None:
-    """Returns the reason for which the twins run, or None if the native ops do."""
+def reason_for_reference() -> str:
+    """Returns the reason for which the twins run; an empty string if the native ops do."""
     if backend.is_reference():
         return "FREEZEOPS_BACKEND=reference"
     if native.op_library() is None:
@@ -36,20 +36,20 @@ def _reason_for_reference() -> str | None:
     if tf.config.list_logical_devices("GPU"):
         if not native.has_cuda():
             return "a GPU is visible and the library has no CUDA kernels"
-        return gpu_check.problem_here()
-    return None
+        return gpu_check.problem_here() or ""
+    return ""
 
 
 def _library(dtype: tf.DType = tf.float32) -> ModuleType | None:
     # A gradient may have a dtype that no variable has: integers, booleans.
-    if dtype.name not in FLOAT_DTYPES or _reason_for_reference():
+    if dtype.name not in FLOAT_DTYPES or reason_for_reference():
         return None
     return native.op_library()
 
 
 def paths() -> dict[str, str]:
     """Returns for each op "native", or "reference" and the reason, as `python -m freezeops` prints it."""
-    reason = _reason_for_reference()
+    reason = reason_for_reference()
     host = "native" if packing.host_module() else "reference (no host module)"
     if backend.is_reference():
         host = "reference (FREEZEOPS_BACKEND=reference)"

@@ -63,7 +63,12 @@ class PartitionBuilder:
         )
         with self._colocated(variable):
             inner = stand_in(variable, inner_shape(variable, plan.layout, room))
-        partition = CompactPartition(variable, index, inner, plan.pending)
+        self._track(f"{position} values", inner)
+
+        def make_variable(values: np.ndarray, purpose: str) -> keras.Variable:
+            return self.state(variable, values, purpose, f"{position} {purpose}")
+
+        partition = CompactPartition(variable, index, inner, make_variable, plan.pending)
         if not plan.pending:
             partition.fill()
         return partition

@@ -4,7 +4,8 @@ Frozen entries are never written, so they keep their bits whatever it does.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar, cast
 
 import keras
 import numpy as np
@@ -18,8 +19,11 @@ from freezeops.masks.mask import Mask
 from freezeops.ops.gradients import Gradient, mask_with_bits
 from freezeops.ops.shapes import of_shape, slices_of_shape
 from freezeops.partitions.capacity import beyond_capacity_message
+from freezeops.partitions.gradient_index import GradientIndex, MakeVariable
 from freezeops.partitions.guards import Guard
 from freezeops.partitions.partition import Description, MaskedPartition, MaskOperand, Taken
+
+_Index = TypeVar("_Index", bound=GradientIndex)
 
 
 def inner_shape(variable: Variable, layout: Layout, capacity: int) -> tuple[int, ...]:
@@ -102,6 +106,18 @@ class TrainableIndex:
         return [IndexTensors(*(tf.convert_to_tensor(copy) for copy in of_one)) for of_one in copies]
 
 
+class TrainablePart(NamedTuple):
+    """The trainable part of a gradient, in place of the gradient.
+
+    Attributes:
+        values: Of the compact variable's shape, with +0.0 where room is left.
+        indices: The index that it was made with, for each copy that this context holds.
+    """
+
+    values: tf.Tensor
+    indices: list[IndexTensors]
+
+
 class ScatterGuard(Guard):
     """Writes the trainable entries of a compact variable to the model's variable; frozen ones are never written.
 
@@ -133,17 +149,27 @@ class CompactPartition(MaskedPartition):
         variable: The model's variable.
         index: Which of its entries are trainable.
         inner: What the inner optimizer owns, of the shape that `inner_shape` gives.
+        make_variable: Makes variables for further indices.
         pending: Whether the mask is still to come: its indices are `pending_index` until then.
     """
 
     mode = "compact"
     gathers = True
 
-    def __init__(self, variable: Variable, index: TrainableIndex, inner: keras.Variable, pending: bool = False):
+    def __init__(
+        self,
+        variable: Variable,
+        index: TrainableIndex,
+        inner: keras.Variable,
+        make_variable: MakeVariable,
+        pending: bool = False,
+    ):
         super().__init__(variable, index.layout, index.bits)
         self._index = index
         self._inner = inner
+        self._make_variable = make_variable
         self.pending = pending
+        self._gradient_indices: dict[Hashable, GradientIndex] = {}
         self._constrained_with: dict[int | None, list[IndexTensors]] = {}
 
     @property
@@ -155,17 +181,25 @@ class CompactPartition(MaskedPartition):
     def inner_variable(self) -> keras.Variable:
         return self._inner
 
-    def take(self, gradient: Gradient, named_rows_only: bool = False) -> Taken:
-        gradient = self.checked(gradient)
+    def take(self, gradient: Gradient | TrainablePart, named_rows_only: bool = False) -> Taken:
         self.check_not_pending()
+        if isinstance(gradient, TrainablePart):
+            self._follow_variable(gradient.indices)
+            self._fill(gradient.indices)
+            guard = ScatterGuard(self._copies(), gradient.indices, self.layout)
+            return Taken(gradient.values, self._inner, guard)
+        gradient = self.checked(gradient)
         # All of a step is done with the index of this moment: another thread may change the mask in between.
-        indices = self._index.component_tensors()
+        indices = self.component_tensors()
         self._follow_variable(indices)
         copies = self._copies()
         guard = ScatterGuard(copies, indices, self.layout)
         if isinstance(gradient, tf.IndexedSlices):
             self._fill(indices)
-            return Taken(self._take_slices(gradient, indices[0]), self._inner, guard)
+            return Taken(self.compact_slices(gradient, indices[0]), self._inner, guard)
+        if not self.capacity:
+            # Nothing consumes the gradient then, and it is not computed.
+            return Taken(tf.zeros(self._inner.shape, gradient.dtype), self._inner, guard)
         if len(copies) > 1 or gradient.dtype != copies[0][0].dtype:
             gradient = of_shape(gradient, tf.TensorShape(self.variable.shape))
             self._fill(indices)
@@ -204,7 +238,7 @@ class CompactPartition(MaskedPartition):
         whole = tf.ensure_shape(whole, self.variable.shape)
         return tf.reshape(ops.gather_trainable(whole, *indices[0], self.layout), self._inner.shape)
 
-    def _take_slices(self, gradient: tf.IndexedSlices, index: IndexTensors) -> Gradient:
+    def compact_slices(self, gradient: tf.IndexedSlices, index: IndexTensors) -> Gradient:
         """Returns slices of the compact variable; repeated rows stay repeated, as Keras squares each by itself."""
         row_shape = tuple(self._inner.shape[1:])
         if not self.capacity:
@@ -224,15 +258,31 @@ class CompactPartition(MaskedPartition):
         shape = tf.constant(list(self._inner.shape), tf.int32 if self.capacity < 2**31 else tf.int64)
         return tf.IndexedSlices(values, ranks, shape)
 
+    def component_tensors(self) -> list[IndexTensors]:
+        """Returns the index of the trainable entries as it is now, for each copy that this context holds."""
+        return self._index.component_tensors()
+
+    def gradient_index(self, key: Hashable, make: Callable[[MakeVariable], _Index]) -> _Index:
+        """Returns a further index, which follows the mask from then on.
+
+        Args:
+            key: What it is for.
+            make: Makes it, where there is none yet, outside of functions that are being traced.
+        """
+        if key not in self._gradient_indices:
+            with tf.init_scope():
+                self._gradient_indices[key] = make(self._make_variable)
+        return cast(_Index, self._gradient_indices[key])
+
     def guard(self) -> Guard:
         """Returns a guard, with the compact variable filled from the model's."""
-        indices = self._index.component_tensors()
+        indices = self.component_tensors()
         self._fill(indices)
         return ScatterGuard(self._copies(), indices, self.layout)
 
     def fill(self) -> None:
         """Sets the compact variable to the trainable entries of the model's."""
-        self._fill(self._index.component_tensors())
+        self._fill(self.component_tensors())
 
     def _fill(self, indices: list[IndexTensors]) -> None:
         for (variable, inner), index in zip(self._copies(), indices, strict=True):
@@ -255,6 +305,8 @@ class CompactPartition(MaskedPartition):
 
     def assign(self, mask: Mask) -> None:
         self._index.assign(mask.packed)
+        for index in self._gradient_indices.values():
+            index.assign(mask.packed, self.layout)
         self.pending = False
 
     def check_not_pending(self) -> None:
@@ -270,11 +322,19 @@ class CompactPartition(MaskedPartition):
         room = self.capacity * self.layout.inner
         held = {"compact values": self._inner}
         held |= dict(zip(("mask bits", "rank offsets", "indices"), self._index.variables, strict=True))
+        overhead = {purpose: _bytes_of(variable) for purpose, variable in held.items()}
+        if self._gradient_indices:
+            variables = [each for index in self._gradient_indices.values() for each in index.variables]
+            overhead["indices of gradients"] = sum(map(_bytes_of, variables))
         return Description(
             "",
             self.layout,
             self.layout.packed_bytes,
-            {purpose: math.prod(v.shape) * tf.as_dtype(v.dtype).size for purpose, v in held.items()},
+            overhead,
             room,
             {"way": self.mode, "layout": list(self.layout), "capacity": self.capacity},
         )
+
+
+def _bytes_of(variable: keras.Variable) -> int:
+    return math.prod(variable.shape) * tf.as_dtype(variable.dtype).size

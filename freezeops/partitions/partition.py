@@ -105,11 +105,11 @@ class Partition(ABC):
         """
 
     @abstractmethod
-    def take(self, gradient: Gradient, named_rows_only: bool = False) -> Taken:
+    def take(self, gradient: Any, named_rows_only: bool = False) -> Taken:
         """Returns what the inner optimizer is given for a gradient of the variable.
 
         Args:
-            gradient: As the model gives it.
+            gradient: As the model gives it; with compact state also a `compact.TrainablePart` of it.
             named_rows_only: Whether the inner optimizer writes no rows but those that a sparse gradient names.
 
         Raises:

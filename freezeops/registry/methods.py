@@ -25,6 +25,7 @@ class MaskMethods:
     name: str
     _registry: MaskRegistry
     _fused: bool | None = None  # None: this Keras has no fused updates
+    _skips = False
 
     def _build_once(self, variables: Sequence[Variable]) -> None:
         """Builds the optimizer if it is not built."""
@@ -131,6 +132,10 @@ class MaskMethods:
         """Trainable entries / all entries, over the float variables of the built optimizer."""
         return self._registry.density
 
+    @property
+    def _options(self) -> report.Options:
+        return report.Options(self._fused, self._skips)
+
     def describe(self) -> list[VariableReport]:
         """Returns a report of every variable, in the order in which the optimizer was built with them.
 
@@ -141,7 +146,7 @@ class MaskMethods:
             ValueError: If the optimizer is not built.
         """
         self._registry.check_built("describe")
-        return report.describe(self._registry.managed, self._fused)
+        return report.describe(self._registry.managed, self._options)
 
     def summary(self, console: Any = None, collapse: bool = False) -> None:
         """Prints a line for each variable: path, shape, density, bytes and mode; below it reasons and totals.
@@ -155,7 +160,7 @@ class MaskMethods:
             collapse: Whether repeated layers, whose paths differ in numbers alone, share a line.
         """
         if self._registry.built:
-            report.print_summary(self.name, self._registry.managed, self._fused, console, collapse)
+            report.print_summary(self.name, self._registry.managed, self._options, console, collapse)
         else:
             report.print_rules(self.name, self._registry.rules, console)
         report.print_notes(self._contract_notes(), console)

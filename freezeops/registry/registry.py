@@ -72,6 +72,7 @@ class MaskRegistry:
         self.problems: list[str] = []
         self.warns_of_problems = True
         self.traced_writes = TracedWrites()
+        self._warned_of_skipping = False
 
     # The variables.
 
@@ -96,6 +97,18 @@ class MaskRegistry:
                 f"The optimizer must be built before `{what}` is known: call `build(variables)` "
                 f"or train a step first. Received: {self.owner.name!r}, which is not built"
             )
+
+    def warn_of_nothing_skipped(self) -> None:
+        """Warns once where gradients of frozen entries were to be skipped in a traced step, and none could be."""
+        compact = [each for each in self.managed if each.partition.mode == "compact"]
+        if tf.executing_eagerly() or self._warned_of_skipping or any(each.gradient.part for each in compact):
+            return
+        self._warned_of_skipping = True
+        reasons = sorted({each.gradient.reason for each in compact}) or ["no variable has compact state"]
+        warn(
+            "With `skip_frozen_gradients=True` a gradient must be a product that the step's own function makes. "
+            f"Received: none that is; whole gradients were made, as without it: {short(reasons)}"
+        )
 
     def by_position(self, by_pattern: Mapping[str, Any], index: VariableIndex) -> dict[int, Any]:
         """Returns settings of variables by position, given by path pattern; the last that matches counts."""

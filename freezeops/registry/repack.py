@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from freezeops.backward.skipping import NOT_TRACED
 from freezeops.keras_compat.variables import Variable, reshape_variable
 from freezeops.keras_compat.wrapped import replace_variable, step_count
 from freezeops.masks.mask import Mask
@@ -133,6 +134,7 @@ class Repacker:
         made = self._builder.partition(old.variable, new, position)
         assert isinstance(made, FullPartition | CompactPartition)
         managed.partition = made
+        managed.gradient = NOT_TRACED
         replace_variable(self._inner_optimizer, old.inner_variable, made.inner_variable)
         entries = new.mask.indices() if made.gathers else None
         inner: Variable = made.inner_variable

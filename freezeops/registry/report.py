@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from freezeops.backward.skipping import Outcome
 from freezeops.keras_compat.variables import is_variable, variable_path
 from freezeops.masks.layout import Layout, Shape
+from freezeops.partitions.compact import CompactPartition
 from freezeops.partitions.plan import Mode
 from freezeops.registry.rules import Loaded, MaskRule
 from freezeops.registry.targets import ExactPath
@@ -38,8 +40,9 @@ class VariableReport:
         capacity: How many entries can be trainable without `repack`.
         fused: Whether one native pass updates it.
         fused_reason: Why none does; else empty.
-        gradient: How its gradient is computed: `"whole"`, frozen entries too.
-        gradient_reason: Why it is not computed for the trainable entries alone; else empty.
+        gradient: How its gradient was computed in the step that was traced last: `"trainable part only"`, or
+            `"whole"`, frozen entries too.
+        gradient_reason: Why it was whole, or terms of it were; else empty.
         mode_reason: Why the mode is not the one that was asked for; else empty.
     """
 
@@ -58,21 +61,35 @@ class VariableReport:
     mode_reason: str = ""
 
 
-def describe(managed: Sequence[ManagedVariable], fused_updates: bool | None) -> list[VariableReport]:
+@dataclass(frozen=True)
+class Options:
+    """Options of an optimizer that reports look at.
+
+    Attributes:
+        fused: Whether variables are updated in one pass where that can be; `None`: this Keras never does.
+        skips: Whether gradients of frozen entries are left uncomputed where that can be.
+    """
+
+    fused: bool | None
+    skips: bool = False
+
+
+def describe(managed: Sequence[ManagedVariable], options: Options) -> list[VariableReport]:
     """Returns a report of each variable.
 
     Args:
         managed: The records of the variables.
-        fused_updates: Whether variables are updated in one pass where that can be; `None`: this Keras never does.
+        options: The optimizer's.
     """
-    return [_report(each, fused_updates) for each in managed]
+    return [_report(each, options) for each in managed]
 
 
-def _report(managed: ManagedVariable, fused_updates: bool | None) -> VariableReport:
+def _report(managed: ManagedVariable, options: Options) -> VariableReport:
     partition = managed.partition
     described = partition.describe()
     trainable = partition.mask.count()
-    reason = _not_fused(managed, fused_updates)
+    reason = _not_fused(managed, options.fused)
+    gradient = _gradient(managed, options)
     return VariableReport(
         path=partition.path,
         shape=tuple(partition.variable.shape),
@@ -84,8 +101,20 @@ def _report(managed: ManagedVariable, fused_updates: bool | None) -> VariableRep
         capacity=described.capacity,
         fused=not reason,
         fused_reason=reason,
+        gradient="trainable part only" if gradient.part else "whole",
+        gradient_reason=gradient.reason,
         mode_reason=described.reason,
     )
+
+
+def _gradient(managed: ManagedVariable, options: Options) -> Outcome:
+    """Returns how the gradient of a variable is made."""
+    partition = managed.partition
+    if partition.mode == "permanent" or (isinstance(partition, CompactPartition) and not partition.capacity):
+        return Outcome(True)  # nothing of it
+    if options.fused is None:
+        return Outcome(False, "tf_keras computes whole gradients")
+    return managed.gradient if options.skips else Outcome(False, "skip_frozen_gradients=False")
 
 
 def _not_fused(managed: ManagedVariable, fused_updates: bool | None) -> str:
@@ -102,7 +131,7 @@ def _not_fused(managed: ManagedVariable, fused_updates: bool | None) -> str:
 def print_summary(
     name: str,
     managed: Sequence[ManagedVariable],
-    fused_updates: bool | None,
+    options: Options,
     console: Console | None = None,
     collapse: bool = False,
 ) -> None:
@@ -111,15 +140,15 @@ def print_summary(
     Args:
         name: The optimizer's name.
         managed: The records of the variables.
-        fused_updates: As for `describe`.
+        options: As for `describe`.
         console: Where to print; standard output by default.
         collapse: Whether variables whose paths differ in numbers alone share a line.
     """
     console = console or Console()
-    reports = describe(managed, fused_updates)
+    reports = describe(managed, options)
     notes: dict[str, int] = {}
     groups = _collapsed(reports) if collapse else [[each] for each in reports]
-    cells = [_cells(group, notes, fused_updates) for group in groups]
+    cells = [_cells(group, notes, options) for group in groups]
     titles = ("variable", "shape", "density", "bytes", "mode")
     numbers = [titles[1:], *(each[1:] for each in cells)]
     widths = [max(len(row[i]) for row in numbers) for i in range(4)]
@@ -144,7 +173,7 @@ def print_summary(
         console.print(Text(each), soft_wrap=True)
 
 
-def _cells(group: Sequence[VariableReport], notes: dict[str, int], fused_updates: bool | None) -> tuple[str, ...]:
+def _cells(group: Sequence[VariableReport], notes: dict[str, int], options: Options) -> tuple[str, ...]:
     first = group[0]
     path = first.path if len(group) == 1 else f"{_numbers_joined([each.path for each in group])} ({len(group)})"
     size = sum(math.prod(each.shape) for each in group)
@@ -153,8 +182,10 @@ def _cells(group: Sequence[VariableReport], notes: dict[str, int], fused_updates
     if first.mode == "compact" and len(group) == 1 and first.capacity != first.trainable:
         mode += f", room {first.capacity:,}"
     reasons = [first.mode_reason]
-    if not first.fused and first.mode != "permanent" and fused_updates:
+    if not first.fused and first.mode != "permanent" and options.fused:
         reasons.append(f"not fused: {first.fused_reason}")
+    if options.skips and first.mode != "permanent":
+        reasons.append(f"gradient: {', '.join(each for each in (first.gradient, first.gradient_reason) if each)}")
     marks = "".join(f" [{notes.setdefault(reason, len(notes) + 1)}]" for reason in reasons if reason)
     density = f"{trainable / size if size else 1.0:.4g}"
     shape = "x".join(map(str, first.shape)) or "scalar"

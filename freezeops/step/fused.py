@@ -20,6 +20,7 @@ from freezeops.keras_compat.variables import Variable, component_beside, device_
 from freezeops.keras_compat.wrapped import decays_weight, wrapped_optimizers
 from freezeops.masks.layout import Layout
 from freezeops.ops.gradients import Gradient
+from freezeops.partitions.compact import CompactPartition, TrainablePart
 from freezeops.partitions.partition import MaskOperand, Partition, Taken
 from freezeops.slots.catalogue import Slot, UpdateFormula
 from freezeops.slots.unfreezing import Seeding, VariableSlots
@@ -183,14 +184,16 @@ class FusedStep(UpdateHook):
     def identity(self) -> Hashable:  # noqa: D102
         return id(self._updates), frozenset(self._taken)
 
-    def takes(self, partition: Partition, gradient: Gradient) -> bool:
+    def takes(self, partition: Partition, gradient: Gradient | TrainablePart) -> bool:
         """Returns whether the update of a variable can be fused for a gradient of this kind."""
         dense = not isinstance(gradient, tf.IndexedSlices)
         return (dense or self._updates.formula.sparse) and self._updates.has_slots_of(partition)
 
-    def take(self, partition: Partition, gradient: Gradient) -> Taken:
+    def take(self, partition: Partition, gradient: Gradient | TrainablePart) -> Taken:
         """Includes a variable; as `Partition.take`."""
-        if self._gathers and partition.gathers:
+        # Where nothing is trainable the gradient is not looked at, and need not be made.
+        empty = isinstance(partition, CompactPartition) and not partition.capacity
+        if isinstance(gradient, TrainablePart) or (self._gathers and partition.gathers) or empty:
             taken = partition.take(gradient)
             # An entry for each trainable one, and room.
             assert taken.variable is not None

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from freezeops.backward.skipping import NOT_TRACED, Outcome
 from freezeops.keras_compat.variables import numpy_of
 from freezeops.keras_compat.wrapped import SlotRecord
 from freezeops.masks.mask import Mask
@@ -29,6 +30,7 @@ class ManagedVariable:
         fused: What updates it in one pass, or the reason that nothing does.
         stated: Who stated its mask last; `None`: nobody.
         awaiting: Whether a config left its mask out, and nobody has stated it since.
+        gradient: How its gradient was made in the step that was made or traced last.
     """
 
     partition: Partition
@@ -37,6 +39,7 @@ class ManagedVariable:
     fused: FusedUpdates | NotFused = field(default_factory=lambda: NotFused(""))
     stated: Source | None = None
     awaiting: bool = False
+    gradient: Outcome = NOT_TRACED
 
     def prepare(self, mask: Mask) -> None:
         """Brings the slots into line with a mask that is set next."""

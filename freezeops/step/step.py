@@ -7,11 +7,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from freezeops.backward.skipping import trainable_part
 from freezeops.keras_compat import contract
 from freezeops.keras_compat.known import writes_only_given
 from freezeops.keras_compat.variables import Variable
 from freezeops.keras_compat.wrapped import base_optimizers
 from freezeops.ops.gradients import Gradient
+from freezeops.partitions.compact import TrainablePart
 from freezeops.partitions.guards import Guard, keeping_frozen
 from freezeops.partitions.partition import MaskedPartition, Partition
 from freezeops.slots.lookup import writes_only_rows_with_gradients
@@ -19,6 +21,7 @@ from freezeops.slots.unfreezing import Seeding
 from freezeops.step import fused
 from freezeops.step.fused import FusedStep, FusedUpdates
 from freezeops.step.managed import ManagedVariable
+from freezeops.step.scaler import as_part, is_in_step_of_scaler
 from freezeops.step.traced_writes import guarded
 
 
@@ -34,6 +37,7 @@ class Step:
         given: Those of the variables that the step is given, in order.
         fused: Whether variables may be updated in one pass.
         several_replicas: Whether replicas also write the rows of each other's gradients.
+        skips: Whether the trainable part of a gradient is made by itself where that can be.
     """
 
     def __init__(
@@ -43,22 +47,24 @@ class Step:
         given: Sequence[ManagedVariable],
         fused: bool,
         several_replicas: bool,
+        skips: bool = False,
     ):
         self._inner_optimizer = inner_optimizer
         self._managed = managed
         self._fused = _fused_steps(managed, given) if fused else {}
         self._several_replicas = several_replicas
+        self._skips = skips
         self._guards: list[Guard] = []
         self._taken: set[int] = set()
         self.gradients: list[Gradient | None] = []
         self.variables: list[Variable] = []
 
-    def take(self, managed: ManagedVariable, gradient: Gradient | None) -> None:
+    def take(self, managed: ManagedVariable, gradient: Gradient | TrainablePart | None) -> None:
         """Includes a variable.
 
         Args:
             managed: Its record.
-            gradient: Its gradient; `None` where there is none.
+            gradient: Its gradient; `None` where there is none. From a scaler around it may be a trainable part.
 
         Raises:
             ValueError: If the gradient has not the variable's shape.
@@ -66,6 +72,10 @@ class Step:
         partition = managed.partition
         variable = partition.inner_variable
         if gradient is not None:
+            if is_in_step_of_scaler():
+                gradient = as_part(managed, gradient)
+            elif self._skips:
+                gradient, managed.gradient = trainable_part(partition, gradient)
             fused_step = self._fused.get(id(managed))
             if fused_step is not None and fused_step.takes(partition, gradient):
                 gradient, variable, guard = fused_step.take(partition, gradient)
@@ -77,7 +87,7 @@ class Step:
             self.gradients.append(gradient)
             self.variables.append(variable)
 
-    def _writes_named_rows_only(self, gradient: Gradient) -> bool:
+    def _writes_named_rows_only(self, gradient: Gradient | TrainablePart) -> bool:
         return (
             isinstance(gradient, tf.IndexedSlices)
             and not self._several_replicas

@@ -443,6 +443,91 @@ def case_compact_sparse():
         assert_same_bits(last["compact"], last["full"], name)
 
 
+def masks_of_every_way():
+    """Masks of `body/kernel` for each way in which a gradient's part is made, each with another that fits."""
+    entries, others = (RNG.permutation(72).reshape(6, 12) < 20 for _ in range(2))
+    grid = np.zeros((6, 12), bool)
+    grid[:, :3] = True
+    return {
+        "entries": (entries, others),
+        "rows": (np.arange(6)[:, None] < 2, np.arange(6)[:, None] > 3),
+        "columns": (grid, grid[:, ::-1]),
+        "columns, then entries": (grid, RNG.permutation(72).reshape(6, 12) < 18),
+    }
+
+
+def gradient_of(optimizer):
+    """How the gradient of `body/kernel` was made."""
+    (report,) = [report for report in optimizer.describe() if report.path.endswith("body/kernel")]
+    return report.gradient
+
+
+def case_skips():
+    """Parts of gradients train as whole ones, in every replica the same, masks that change included."""
+    for name, (first, second) in masks_of_every_way().items():
+        last = {}
+        for skips in (True, False):
+            frozen = {}
+
+            def during(i, optimizer, kernel, second=second, frozen=frozen):
+                if i == 1:
+                    frozen["values"] = copies(kernel)[0]
+                    optimizer.register_mask(kernel, second)
+
+            options = {"masks": {"body/kernel": first}, "state": "compact", "skip_frozen_gradients": skips}
+            kernel, before, optimizer = loop(SETUPS["SGD momentum"], during=during, **options)
+            check(kernel, before, np.broadcast_to(first | second, (6, 12)), moves=False)
+            check(kernel, frozen["values"], np.broadcast_to(second, (6, 12)))
+            assert (gradient_of(optimizer) == "trainable part only") == skips, name
+            last[skips] = copies(kernel)[0]
+        np.testing.assert_allclose(last[True], last[False], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def case_skips_fit():
+    """In `fit`, under a loss scaler as well."""
+    warnings.filterwarnings("ignore", "With `skip_frozen_gradients=True`")
+    masks = masks_of_every_way()
+    for name in ("entries", "columns"):
+        mask, _ = masks[name]
+        for scaled in (False, True):
+            last = []
+            for skips in (True, False):
+                with strategy.scope():
+                    model = body_and_head(seed=3)
+                    optimizer = fz.MaskedOptimizer(
+                        SETUPS["SGD momentum"](), {"body/kernel": mask}, state="compact", skip_frozen_gradients=skips
+                    )
+                    outer = keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
+                    model.compile(outer, "mse", jit_compile=False)
+                kernel = model.get_layer("body").kernel
+                before = copies(kernel)[0]
+                model.fit(X, Y, batch_size=32, verbose=0, shuffle=False)
+                check(kernel, before, np.broadcast_to(mask, (6, 12)))
+                # Under a scaler that is outside: Keras makes its step in other threads.
+                assert (gradient_of(optimizer) == "trainable part only") == (skips and not scaled), name
+                last.append(copies(kernel)[0])
+            np.testing.assert_allclose(*last, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def case_skips_traffic():
+    """As without parts, only gradients of trainable entries are summed over the replicas."""
+    sent = []
+    context = tf.distribute.ReplicaContext
+    all_reduce = context.all_reduce
+
+    def counted(self, op, value, *args, **kwargs):
+        if self.replica_id_in_sync_group is not None and isinstance(value, list):
+            sent.append(sum(int(v.shape.num_elements()) * v.dtype.size for v in value))
+        return all_reduce(self, op, value, *args, **kwargs)
+
+    context.all_reduce = counted
+    mask = np.zeros((6, 12), bool)
+    mask[1, :7] = True
+    masks = {"body/kernel": mask, "head/.*": False}
+    loop(SETUPS["Adam"], steps=1, masks=masks, state="compact", skip_frozen_gradients=True)
+    assert set(sent) == {4 * (7 + 12)}, sent
+
+
 if __name__ == "__main__":
     globals()[f"case_{sys.argv[1]}"]()
     print(f"{sys.argv[1]} passed")

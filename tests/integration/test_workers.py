@@ -106,6 +106,16 @@ def test_compact(tmp_path):
         np.testing.assert_allclose(first[name], alone[name], atol=2e-2 if name == "Lion" else 2e-4)
 
 
+def test_parts_of_gradients(tmp_path):
+    with Cluster("skips", tmp_path) as cluster:
+        cluster.wait()
+    run_alone("skips", tmp_path)
+    first, second, alone = results(tmp_path, "skips", [0, 1, "one"])
+    for name in alone:
+        assert_same_bits(first[name], second[name], name)
+        np.testing.assert_allclose(first[name], alone[name], atol=2e-4)
+
+
 def test_compact_state_of_the_chiefs_mask(tmp_path):
     with Cluster("compact_chief", tmp_path) as cluster:
         cluster.wait()

@@ -38,10 +38,10 @@ def value(variable):
 class Run:
     """A model, its optimizer and a step over this worker's part of the global batch."""
 
-    def __init__(self, inner, **options):
+    def __init__(self, inner, masks=None, **options):
         with strategy.scope():
             self.model = body_and_head(seed=3)
-            self.optimizer = fz.MaskedOptimizer(inner(), masks={"body/kernel": MASK}, **options)
+            self.optimizer = fz.MaskedOptimizer(inner(), masks=masks or {"body/kernel": MASK}, **options)
             self.optimizer.build(self.model.trainable_variables)
         self.kernel = self.model.get_layer("body").kernel
         model, optimizer = self.model, self.optimizer
@@ -102,6 +102,36 @@ def case_compact():
         after = value(run.kernel)
         assert_same_bits(after[~OTHER], middle[~OTHER], name)
         assert (after[OTHER] != middle[OTHER]).all(), name
+        final[name] = after
+    report(**final)
+
+
+def case_skips():
+    """Parts of gradients, by each way; then masks that change; frozen entries stay, in every worker."""
+    final = {}
+    rows, columns = np.zeros((2, 6, 12), bool)
+    rows[:2], columns[:, :3] = True, True
+    entries = RNG.permutation(72).reshape(6, 12) < 18
+    for name, first, second in (
+        ("entries", entries, columns),
+        ("rows", rows, rows[::-1]),
+        ("columns", columns, entries),
+    ):
+        run = Run(SETUPS["Adam"], masks={"body/kernel": first}, state="compact", skip_frozen_gradients=True)
+        before = value(run.kernel)
+        for _ in range(2):
+            run.step()
+        middle = value(run.kernel)
+        assert_same_bits(middle[~first], before[~first], name)
+        assert (middle[first] != before[first]).all(), name
+        run.optimizer.register_mask(run.kernel, second)
+        for _ in range(2):
+            run.step()
+        after = value(run.kernel)
+        assert_same_bits(after[~second], middle[~second], name)
+        assert (after[second] != middle[second]).all(), name
+        (of_kernel,) = [each for each in run.optimizer.describe() if each.path.endswith("body/kernel")]
+        assert of_kernel.gradient == "trainable part only", of_kernel
         final[name] = after
     report(**final)
 

@@ -52,7 +52,7 @@ def test_describe_says_all_of_each_mode():
     assert (rows.mode, rows.shape, tuple(rows.layout), rows.trainable) == ("compact", (64, 32), (1, 64, 32), 48 * 32)
     assert (rows.density, rows.capacity, rows.fused, rows.fused_reason) == (0.75, 48 * 32, True, "")
     assert rows.bytes == 48 * 32 * 4 + 8 + 16 + 48 * 4  # values, bits, offsets, indices
-    assert (rows.gradient, rows.gradient_reason, rows.mode_reason) == ("whole", "", "")
+    assert (rows.gradient, rows.gradient_reason, rows.mode_reason) == ("whole", "skip_frozen_gradients=False", "")
     assert (reports["entries"].trainable, tuple(reports["entries"].layout)) == (64 * 32 - 32, (1, 64 * 32, 1))
     kept = reports["all"]
     assert (kept.mode, kept.bytes, kept.capacity, kept.fused) == ("full", 256, 64 * 32, False)
