@@ -156,6 +156,8 @@ bench: $(STAMP)
 	$(PY) benchmarks/bench_compact.py --plot docs/images
 	$(PY) benchmarks/bench_fused.py
 	$(PY) benchmarks/bench_fit.py
+	$(PY) benchmarks/bench_backward.py
+	$(PY) benchmarks/bench_weight_gradient.py --plot docs/images
 
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/bench_gpu.py

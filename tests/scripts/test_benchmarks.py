@@ -266,3 +266,27 @@ def test_a_bad_size_is_refused(size, tmp_path):
     script = Script(FOLDER / "bench_ops.py", ["--size", size], os.environ, tmp_path / "log")
     assert script.wait(300) == 2
     assert "--size" in script.printed()
+
+
+def test_bench_backward(tmp_path):
+    data, _ = run(
+        "bench_backward.py", "--model", "small", "--mask", "rows 0.25", "entries 0.1", "--jit", "off", "--repeats", "2",
+        "--no-memory", path=tmp_path / "backward.json",
+    )  # fmt: skip
+    check_facts(data)
+    assert [result["cell"] for result in data["results"]] == ["rows 0.25", "entries 0.1"]
+    for result in data["results"]:
+        assert set(result["times"]) == {"unmasked", "whole", "part"}
+        assert result["ratio"] > 0 and result["cpu_ratio"] > 0 and result["whole"] == []
+
+
+def test_bench_weight_gradient(tmp_path):
+    data, _ = run(
+        "bench_weight_gradient.py", "--shape", "8", "64", "64", "--densities", "0.1", "0.5", "--jit", "off",
+        "--repeats", "2", "--no-memory", "--plot", str(tmp_path), path=tmp_path / "gradient.json",
+    )  # fmt: skip
+    check_facts(data)
+    found = [(result["structure"], result["density"]) for result in data["results"]]
+    spread = [(name, density) for name in ("entries", "rows", "columns", "1 x 16", "16 x 16") for density in (0.1, 0.5)]
+    assert found == [*spread, ("2:4", 0.5)]
+    assert (tmp_path / "weight_gradient.png").stat().st_size > 10_000

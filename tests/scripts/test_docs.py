@@ -86,6 +86,12 @@ EXAMPLES = {
         "fz.MaskedOptimizer(inner, masks=masks, state=": Example(inner_and_masks),
         "optimizer.repack(masks=": Example(trained_compact_model, "model.fit(x, y, verbose=0)"),
     },
+    "docs/gradients.md": {
+        "optimizer = fz.MaskedOptimizer(": Example(
+            masks_of_body,
+            "assert optimizer.describe()[1].gradient == 'trainable part only'",
+        ),
+    },
     "docs/legacy.md": {
         "import numpy as np, tf_keras": Example(
             code_blocks.model_of_tf_keras, "model.fit(x, y, verbose=0); assert optimizer.density < 1"
