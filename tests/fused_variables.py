@@ -7,6 +7,7 @@ from common import assert_same_bits
 
 from freezeops.masks import packing
 from freezeops.masks.layout import Layout
+from freezeops.ops import reference
 from freezeops.ops.reference_updates import FusedOperand
 from freezeops.partitions import compact
 
@@ -80,6 +81,14 @@ def variables_of(rng, rule, dtype, layouts, density, compact_state, seeded):
     scales = [tf.constant(0.5, tf.float64), tf.constant(0.25, tf.float64)][: len(seed_slots)]
     scalars = tf.constant(np.array(scalars).astype(real))
     return *results, (scalars, seed_slots, [2, 1][: len(seed_slots)], scales)
+
+
+def with_compact_gradient(one, room=0.0):
+    """The variable with its gradient as `gather_trainable` returns it, and any number where there is room."""
+    index = [tf.convert_to_tensor(variable) for variable in (one.bits, *one.ranks)]
+    gradient = reference.gather_trainable(one.gradient, *index, one.layout).numpy()
+    gradient[packing.count_bits(index[0].numpy(), one.layout.kept) * one.layout.inner :] = room
+    return one._replace(gradient=tf.constant(gradient), gathered=True)
 
 
 def with_gradient_of_rows(one, slices):

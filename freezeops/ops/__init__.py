@@ -267,6 +267,7 @@ def fused_update(
         seed_slots=list(seed_slots),
         seed_powers=list(seed_powers),
         compact=bool(ranks),
+        gathered=[i for i, operand in enumerate(operands) if operand.gathered],
     )
 
 

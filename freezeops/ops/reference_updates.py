@@ -3,6 +3,7 @@
 The same arithmetic is in `csrc/kernels/common/update_rules.h`. Read in Keras 3.15.1, `optimizers/*.py`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class FusedOperand(NamedTuple):
 
     Attributes:
         variable: The model's variable.
-        gradient: Its gradient, of its dtype; dense or `tf.IndexedSlices`.
+        gradient: Its gradient, of its dtype; dense, `tf.IndexedSlices` or, if `gathered`, compact.
         slots: The slots of the formula. In full state of the variable's size; in compact state flat (or of
             rows) with one entry for each trainable one, in their order, and room for more.
         layout: Layout of the mask; `(1, 1, n)` where there is none.
@@ -27,6 +28,8 @@ class FusedOperand(NamedTuple):
         unseeded: `uint8` variable of one bit for each entry of a slot, see `reference.seed_slots`;
             `None`: no entry waits.
         decays: `True` if the weight decays.
+        gathered: With compact state: `True` if the gradient holds the trainable entries alone, in their order and with
+            the slots' room, as `gather_trainable` returns them.
     """
 
     variable: tf.Variable
@@ -37,6 +40,7 @@ class FusedOperand(NamedTuple):
     ranks: tuple[tf.Variable, tf.Variable] | None
     unseeded: tf.Variable | None
     decays: bool
+    gathered: bool = False
 
 
 Update = Callable[
@@ -151,15 +155,16 @@ def fused_update(
     """
     rate, decay, decay_rate, *further = tf.unstack(scalars, num=scalars.shape[0])
     for operand in operands:
-        size, layout = operand.layout.size, operand.layout
-        gradient = reference.of_shape(operand.gradient, operand.variable.shape)
+        size, layout, shape = operand.layout.size, operand.layout, operand.variable.shape
+        gradient = operand.gradient if operand.gathered else reference.of_shape(operand.gradient, shape)
         if not size:
             continue
         factor, slices_factor = rate, None
         if rule.startswith("sgd") and isinstance(operand.gradient, tf.IndexedSlices):
             # As Keras, which multiplies the slices before it sums those of a row.
             factor, slices_factor = tf.ones_like(rate), rate
-        gradient, square = _dense(gradient, slices_factor, size)
+        slot_size = size if operand.ranks is None else operand.ranks[1].shape[0] * layout.inner
+        gradient, square = _dense(gradient, slices_factor, slot_size if operand.gathered else size)
         bits = tf.fill([1], tf.constant(255, tf.uint8)) if operand.bits is None else tf.convert_to_tensor(operand.bits)
         value = tf.reshape(operand.variable.read_value(), [size])
 
@@ -168,12 +173,15 @@ def fused_update(
             entries = value
         else:
             offsets, indices = (tf.convert_to_tensor(variable) for variable in operand.ranks)
-            entries, gradient, square = (
-                reference.gather_trainable(x, bits, offsets, indices, layout) for x in (value, gradient, square)
+            gather = functools.partial(
+                reference.gather_trainable, mask=bits, offsets=offsets, indices=indices, layout=layout
             )
+            entries = gather(value)
+            if not operand.gathered:
+                gradient, square = gather(gradient), gather(square)
             trainable = reference.valid_indices(reference.signed_indices(indices), bits, layout)
             trainable = tf.repeat(trainable, layout.inner)
-        old_slots = [tf.reshape(slot.read_value(), [entries.shape[0]]) for slot in operand.slots]
+        old_slots = [tf.reshape(slot.read_value(), [slot_size]) for slot in operand.slots]
         if operand.unseeded is not None and seed_slots:
             old_slots = _seeded(operand, trainable, gradient, square, old_slots, seed_slots, seed_powers, scales)
 
@@ -182,7 +190,7 @@ def fused_update(
         for slot, values, old in zip(operand.slots, new_slots, old_slots, strict=True):
             slot.assign(tf.reshape(reference.select(trainable, values, old), slot.shape))
         if operand.ranks is None:
-            operand.variable.assign(tf.reshape(reference.select(trainable, new, value), operand.variable.shape))
+            operand.variable.assign(tf.reshape(reference.select(trainable, new, value), shape))
         else:
             reference.scatter_trainable(operand.variable, new, bits, offsets, indices, layout)
 

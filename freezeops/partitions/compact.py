@@ -210,8 +210,13 @@ class CompactPartition(MaskedPartition):
             inner.assign(tf.reshape(values, inner.shape))
         return Taken(tf.reshape(compact, self._inner.shape), self._inner, guard)
 
-    def take_whole(self, gradient: Gradient, masked: bool) -> Taken:
+    def take_whole(self, gradient: Gradient | TrainablePart, masked: bool) -> Taken:
         self.check_not_pending()
+        if isinstance(gradient, TrainablePart):
+            # The update goes by the mask of its own moment, as for every other gradient: it writes no entry that
+            # another thread has frozen meanwhile, and slots are where that mask has them. The part's indices are those
+            # of its own trace or step; only such a change in between could tell them from the variables.
+            return Taken(gradient.values, self.variable, Guard())
         return super().take_whole(gradient, masked)
 
     def mask_operand(self) -> MaskOperand:

@@ -116,11 +116,11 @@ class Partition(ABC):
             ValueError: If the gradient has not the variable's shape.
         """
 
-    def take_whole(self, gradient: Gradient, masked: bool) -> Taken:
+    def take_whole(self, gradient: Any, masked: bool) -> Taken:
         """Returns what an update is given that looks at the mask itself, and so needs no guard.
 
         Args:
-            gradient: As the model gives it.
+            gradient: As the model gives it; with compact state also a `compact.TrainablePart` of it.
             masked: Whether something looks at the gradient before the update.
         """
         return Taken(self.masked(gradient) if masked else self.checked(gradient), self.variable, Guard())

@@ -91,11 +91,13 @@ class _Operand(NamedTuple):
         included: What is known of it.
         mask: Its mask as the update takes it.
         owned: The variable that the update is of: the model's, or the compact one.
+        gathered: Whether the gradient holds the trainable entries alone while the variable holds all.
     """
 
     included: _Included
     mask: MaskOperand
     owned: Variable
+    gathered: bool
 
 
 @dataclass
@@ -193,7 +195,8 @@ class FusedStep(UpdateHook):
         """Includes a variable; as `Partition.take`."""
         # Where nothing is trainable the gradient is not looked at, and need not be made.
         empty = isinstance(partition, CompactPartition) and not partition.capacity
-        if isinstance(gradient, TrainablePart) or (self._gathers and partition.gathers) or empty:
+        gathered = False
+        if (self._gathers and partition.gathers) or empty:
             taken = partition.take(gradient)
             # An entry for each trainable one, and room.
             assert taken.variable is not None
@@ -201,8 +204,9 @@ class FusedStep(UpdateHook):
         else:
             taken = partition.take_whole(gradient, masked=not self._direct)
             mask = partition.mask_operand()
+            gathered = isinstance(gradient, TrainablePart)
         key = variable_key(partition.variable)
-        self._taken[key] = _Operand(self._updates.included[key], mask, taken.variable)
+        self._taken[key] = _Operand(self._updates.included[key], mask, taken.variable, gathered)
         return taken
 
     @contextmanager
@@ -276,7 +280,7 @@ class FusedStep(UpdateHook):
     def _fused_operand(self, operand: _Operand, variable: tf.Variable, gradient: Gradient) -> ops.FusedOperand:
         """Returns what the op takes for one copy of a variable."""
         optimizer = self._updates.optimizer
-        (_, _, states, slots), mask, owned = operand
+        (_, _, states, slots), mask, owned, gathered = operand
 
         def local(other: Variable) -> tf.Variable:
             return component_beside(other, owned, variable)
@@ -290,6 +294,7 @@ class FusedStep(UpdateHook):
             ranks=None if mask.ranks is None else (local(mask.ranks[0]), local(mask.ranks[1])),
             unseeded=None if slots is None else local(slots.unseeded),
             decays=optimizer.weight_decay is not None and decays_weight(optimizer, variable),
+            gathered=gathered,
         )
 
 

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,19 @@ REFUSALS = (tf.errors.OpError, ValueError, TypeError, OverflowError)
 class Value:
     """An input: a tensor, or what a variable holds.
 
-    `exact`: whether any other shape must be refused. `rows`: below which number each of its entries must be, or
-    `None`; a row that does not exist is an error outside of XLA.
+    `exact`: whether any other shape must be refused. `counted`: whether any other number of entries must be. `rows`:
+    below which number each of its entries must be, or `None`; a row that does not exist is an error outside of XLA.
     """
 
     array: np.ndarray
     variable: bool = False
     exact: bool = True
     rows: int | None = None
+    counted: bool = False
+
+    def must_be_refused(self, other: np.ndarray) -> bool:
+        """Whether another array in its place must be."""
+        return (self.exact and other.shape != self.array.shape) or (self.counted and other.size != self.array.size)
 
 
 @dataclass
@@ -280,6 +285,7 @@ def fused_update(rng: np.random.Generator, dtype: np.dtype) -> Call:
         name: [] for name in ("variables", "gradients", "rows", "slots", "masks", "offsets", "indices", "unseeded")
     }
     sparse: list[int] = []
+    gathered: list[int] = []
     masked: list[int] = []
     seeded: list[int] = []
     trainable: list[np.ndarray] = []
@@ -301,6 +307,11 @@ def fused_update(rng: np.random.Generator, dtype: np.dtype) -> Call:
             named = int(rng.choice([0, 1, 7])) if shape[0] else 0
             lists["gradients"].append(Value(numbers(rng, dtype, [named, *shape[1:]])))
             lists["rows"].append(Value(rng.integers(0, max(shape[0], 1), named), rows=shape[0]))
+        elif compact and rng.random() < 0.5:
+            gathered.append(number)
+            lists["variables"][-1] = replace(lists["variables"][-1], exact=False, counted=True)
+            rows = [slot_size] if rng.random() < 0.5 else [index["indices"].array.size, layout.inner]
+            lists["gradients"].append(Value(numbers(rng, dtype, rows), exact=False, counted=True))
         else:
             lists["gradients"].append(Value(numbers(rng, dtype, shape)))
         for _ in range(slot_count):
@@ -328,6 +339,7 @@ def fused_update(rng: np.random.Generator, dtype: np.dtype) -> Call:
         "seed_slots": order,
         "seed_powers": powers,
         "compact": compact,
+        "gathered": gathered,
     }
 
     def twin(i: dict[str, Any]) -> list[tf.Tensor]:
@@ -347,6 +359,7 @@ def fused_update(rng: np.random.Generator, dtype: np.dtype) -> Call:
                     (i["offsets"][number], i["indices"][number]) if compact else None,
                     i["unseeded"][seeded.index(number)] if number in seeded else None,
                     decays[number],
+                    number in gathered,
                 )
             )
         scales = tf.unstack(i["scales"], num=seeds)
@@ -428,8 +441,9 @@ def change(rng: np.random.Generator, call: Call, mode: str) -> None:
         # As many entries in another shape, which sizes alone do not tell.
         name, number, value = gradients[rng.integers(len(gradients))]
         before = value.array
-        value.array = np.array(before[None] if before.ndim == 1 or rng.random() < 0.5 else before.reshape(-1))
-        call.refused = value.exact
+        changed = np.array(before[None] if before.ndim == 1 or rng.random() < 0.5 else before.reshape(-1))
+        call.refused = value.must_be_refused(changed)
+        value.array = changed
         call.changed.append(f"{name}[{number}] {list(before.shape)} to {list(value.array.shape)}")
         return
     rows = [each for each in values if each[2].rows is not None]
@@ -451,9 +465,9 @@ def change(rng: np.random.Generator, call: Call, mode: str) -> None:
     elif value.variable and rng.random() < 0.1:
         value.array = before.astype(rng.choice([np.uint8, np.float32, np.float64, np.int64]))
     else:
-        value.array = changed_shape(rng, before)
-        if value.exact and value.array.shape != before.shape:
-            call.refused = True
+        changed = changed_shape(rng, before)
+        call.refused = call.refused or value.must_be_refused(changed)
+        value.array = changed
     call.changed.append(f"{name}[{number}] {before.dtype}{list(before.shape)} to {describe(value.array)}")
 
 

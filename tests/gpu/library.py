@@ -97,4 +97,5 @@ class FusedVariable(ctypes.Structure):
         ("row_size", ctypes.c_int64),
         ("wide", ctypes.c_bool),
         ("decays", ctypes.c_bool),
+        ("gathered", ctypes.c_bool),
     )

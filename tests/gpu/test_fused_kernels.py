@@ -58,11 +58,12 @@ class Variable:
         layout: Of its mask; `None` instead of `density`: it has no mask.
         compact: Whether its slots have one entry for each trainable one and `room` beside.
         slices: `None` for a dense gradient, else how many slices of rows of `row_size`.
+        gathered: Whether the gradient holds the trainable entries alone, with compact state.
     """
 
     def __init__(
         self, kernels, rng, step, layout, density, runs=1, compact=False, room=0, wide=False, decays=False, slices=None,
-        row_size=1, offset=0,
+        row_size=1, offset=0, gathered=False,
     ):  # fmt: skip
         floats, size = dtype_of(step.dtype), int(np.prod(layout))
         self.step, self.wide_dtype = step, FLOATS[step.dtype][1]
@@ -100,7 +101,12 @@ class Variable:
         with np.errstate(all="ignore"):
             self.gradient, self.square = gradient, gradient * gradient
         scaled = None
-        if slices is None:
+        if gathered:
+            # Any bits where there is room.
+            alone = make_values(rng, slot_size, width).view(floats)
+            alone[: self.used] = gradient[self.passing]
+            held |= {"gradient": put(alone)}
+        elif slices is None:
             held |= {"gradient": put(gradient)}
         else:
             rows = size // row_size
@@ -124,7 +130,7 @@ class Variable:
         self.pointers = FusedVariable(
             variable=addresses[0], slots=tuple(addresses[1:]), layout=tuple(layout),
             capacity=ones + room if compact else 0, wide=wide, decays=decays, slices=slices or 0, row_size=row_size,
-            unseeded=None if self.unseeded is None else self.unseeded.pointer.value, **pointers,
+            gathered=gathered, unseeded=None if self.unseeded is None else self.unseeded.pointer.value, **pointers,
         )  # fmt: skip
 
     def expected(self):
@@ -240,18 +246,22 @@ def test_full_state(kernels, rule, dtype, layouts, density, runs, seeded, offset
     runs=RUNS,
     room=st.sampled_from([0, 1, 40]),
     wide=st.booleans(),
+    gathered=st.booleans(),
     seeded=st.booleans(),
     offset=OFFSETS,
     seed=SEEDS,
 )
-@example("adam", "float32", [(1, 40000, 1)], 0.01, 1, 3, False, True, 0, 0)  # by indices
-@example("adam", "float32", [(1, 40000, 1)], 0.5, 1, 3, False, True, 0, 1)  # by bits
-def test_compact_state(kernels, rule, dtype, layouts, density, runs, room, wide, seeded, offset, seed):
+@example("adam", "float32", [(1, 40000, 1)], 0.01, 1, 3, False, False, True, 0, 0)  # by indices
+@example("adam", "float32", [(1, 40000, 1)], 0.5, 1, 3, False, False, True, 0, 1)  # by bits
+@example("adam", "float32", [(1, 40000, 1)], 0.01, 1, 3, False, True, True, 0, 0)
+@example("adam", "float32", [(1, 40000, 1)], 0.5, 1, 3, False, True, True, 0, 1)
+@example("adam", "float32", [(1, 40, 1000)], 0.5, 1, 3, False, True, True, 0, 1)
+def test_compact_state(kernels, rule, dtype, layouts, density, runs, room, wide, gathered, seeded, offset, seed):
     rng = np.random.default_rng(seed)
     step = Step.make(rng, rule, dtype, seeded)
     variables = [
         Variable(kernels, rng, step, (1, *layout[1:]), density, runs, compact=True, room=room, wide=wide,
-                 decays=number % 2 == 1, offset=offset)
+                 decays=number % 2 == 1, offset=offset, gathered=gathered)
         for number, layout in enumerate(layouts)
     ]  # fmt: skip
     run(kernels, step, variables)
@@ -299,6 +309,7 @@ def test_every_rule(kernels, rule, dtype):
     full = [Variable(kernels, rng, step, (1, 1500, 1), 0.5, decays=decays) for decays in (False, True)]
     run(kernels, step, full)
     run(kernels, step, [Variable(kernels, rng, step, (1, 1500, 1), 0.5, compact=True, decays=True)])
+    run(kernels, step, [Variable(kernels, rng, step, (1, 1500, 1), 0.5, compact=True, decays=True, gathered=True)])
 
 
 @SETTINGS
@@ -307,14 +318,15 @@ def test_every_rule(kernels, rule, dtype):
     inner=st.sampled_from([1, 4, 600]),
     density=st.sampled_from([0.01, 0.3]),  # found by indices, and by bits
     wrong=st.sampled_from(["offsets up", "offsets down", "capacity", "indices"]),
+    gathered=st.booleans(),
     seed=SEEDS,
 )
-def test_what_does_not_belong_to_the_mask(kernels, kept, inner, density, wrong, seed):
+def test_what_does_not_belong_to_the_mask(kernels, kept, inner, density, wrong, gathered, seed):
     """Nothing is read or written out of bounds (around each array are guards), and no frozen entry is written."""
     rng = np.random.default_rng(seed)
     inner = inner if kept < 1000 else 1
     step = Step.make(rng, "adam", "float32", True)
-    one = Variable(kernels, rng, step, (1, kept, inner), density, compact=True, room=2)
+    one = Variable(kernels, rng, step, (1, kept, inner), density, compact=True, room=2, gathered=gathered)
     offsets, indices = (one.held[name].get().copy() for name in ("offsets", "indices"))
     if wrong.startswith("offsets"):
         one.held["offsets"] = kernels.put(offsets + (50 if wrong.endswith("up") else -5))
@@ -325,6 +337,9 @@ def test_what_does_not_belong_to_the_mask(kernels, kept, inner, density, wrong, 
         arrays = [kernels.put(slot[: capacity * inner].copy()) for slot in one.slots]
         one.arrays[1:] = arrays
         one.pointers.slots = (ctypes.c_void_p * 3)(*(array.pointer.value for array in arrays))
+        if gathered:
+            one.held["gradient"] = kernels.put(one.held["gradient"].get()[: capacity * inner].copy())
+            one.pointers.gradient = one.held["gradient"].pointer.value
         one.unseeded = kernels.put(one.waiting[: -(-capacity * inner // 8)].copy())
         one.pointers.unseeded = one.unseeded.pointer.value
     else:

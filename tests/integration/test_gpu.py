@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import FUSED, MODES, SETUPS, assert_same_bits, in_mode, mask_variables
-from fused_variables import RULES, assert_same_state, variables_of
+from fused_variables import RULES, assert_same_state, variables_of, with_compact_gradient
 
 import freezeops as fz
 from freezeops import ops
@@ -180,7 +180,7 @@ def test_promise_for_every_optimizer(name, fused, mode):
     assert_same_bits(variable.numpy()[~passing], value[~passing])
 
 
-@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("state", ["full", "compact", "compact gradients"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_fused_update_as_its_twin_on_the_host(rule, dtype, state):
@@ -189,7 +189,10 @@ def test_fused_update_as_its_twin_on_the_host(rule, dtype, state):
     def made_on(device, density):
         rng = np.random.default_rng(1)
         with tf.device(device):
-            return variables_of(rng, rule, dtype, layouts, density, state == "compact", RULES[rule][0])
+            *both, told = variables_of(rng, rule, dtype, layouts, density, state != "full", RULES[rule][0])
+            if state == "compact gradients":
+                both = [[with_compact_gradient(one, np.nan) for one in each] for each in both]
+            return *both, told
 
     for density in (0.01, 0.5, 1.0):
         ours, _, told = made_on("/GPU:0", density)

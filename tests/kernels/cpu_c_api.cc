@@ -83,13 +83,14 @@ struct Variable {
   int64_t row_size;
   bool wide;
   bool decays;
+  bool gathered;
 };
 
 cpu::FusedTensor TensorOf(const NamedRule& rule, const Variable& variable) {
   static const uint8_t kAll = 0xff;
   cpu::FusedTensor tensor = {};
   tensor.variable = variable.variable;
-  tensor.gradient = variable.gradient;
+  (variable.gathered ? tensor.gathered : tensor.gradient) = variable.gradient;
   for (int j = 0; j < rule.slots; ++j) tensor.slots[rule.slot_positions[j]] = variable.slots[j];
   tensor.mask = ViewOf(variable.bits != nullptr ? variable.bits : &kAll, variable.layout);
   tensor.unseeded = variable.unseeded;

@@ -54,11 +54,13 @@ def test_full_state(kernels, rule, dtype, layout, density, runs, cuts, seeded, o
 
 
 @SETTINGS
-@given(**CASES, offset=OFFSETS, seed=SEEDS)
-def test_compact_state(kernels, rule, dtype, layout, density, runs, cuts, seeded, offset, seed):
+@given(**CASES, gathered=st.booleans(), offset=OFFSETS, seed=SEEDS)
+def test_compact_state(kernels, rule, dtype, layout, density, runs, cuts, seeded, gathered, offset, seed):
     rng = np.random.default_rng(seed)
     step = Step.make(rng, rule, dtype, seeded)
-    variable = Variable(kernels, rng, step, (1, *layout[1:]), density, runs, compact=True, room=3, offset=offset)
+    variable = Variable(
+        kernels, rng, step, (1, *layout[1:]), density, runs, compact=True, room=3, offset=offset, gathered=gathered
+    )  # fmt: skip
     ranks = np.concatenate([[0], np.cumsum(variable.passing)])
     for begin, end in pieces(cuts, variable.passing.size, 1):
         update_range(kernels, step, variable, begin, end, rank=ranks[begin])
@@ -66,13 +68,14 @@ def test_compact_state(kernels, rule, dtype, layout, density, runs, cuts, seeded
 
 
 @SETTINGS
-@given(**CASES, wide=st.booleans(), offset=OFFSETS, seed=SEEDS)
-def test_by_index(kernels, rule, dtype, layout, density, runs, cuts, seeded, wide, offset, seed):
+@given(**CASES, wide=st.booleans(), gathered=st.booleans(), offset=OFFSETS, seed=SEEDS)
+def test_by_index(kernels, rule, dtype, layout, density, runs, cuts, seeded, wide, gathered, offset, seed):
     rng = np.random.default_rng(seed)
     step = Step.make(rng, rule, dtype, seeded)
     kept = layout[1] * layout[2]
     variable = Variable(
-        kernels, rng, step, (1, kept, 1), density, runs, compact=True, room=3, wide=wide, offset=offset
+        kernels, rng, step, (1, kept, 1), density, runs, compact=True, room=3, wide=wide, offset=offset,
+        gathered=gathered,
     )  # fmt: skip
     for begin, end in pieces(cuts, variable.used, 1):
         assert update_range(kernels, step, variable, begin, end, by_index=True)
@@ -98,14 +101,18 @@ def test_indices_of_frozen_entries_are_reported(kernels, wide):
             array.get()
 
 
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("compact, gathered", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("density", [0.002, 0.1, 0.5])
-def test_large_variables(kernels, compact, density):
+def test_large_variables(kernels, compact, gathered, density):
     """Pieces on several threads, among small variables."""
     rng = np.random.default_rng(0)
     step = Step.make(rng, "nadam", "float32", True)
     layouts = [(1, 70_001, 1), (1, 3, 1), (1, 0, 1), (1, 700, 130), (1, 200_000, 1)]
-    run(kernels, step, [Variable(kernels, rng, step, layout, density, compact=compact) for layout in layouts])
+    run(
+        kernels,
+        step,
+        [Variable(kernels, rng, step, layout, density, compact=compact, gathered=gathered) for layout in layouts],
+    )
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import FUSED, OPTIONS, ROUNDED_OTHERWISE, SETUPS, assert_same_bits, bits, in_mode
-from fused_variables import DTYPES, RULES, assert_same_state, fused_notes, variables_of, with_gradient_of_rows
+from fused_variables import (
+    DTYPES,
+    RULES,
+    assert_same_state,
+    fused_notes,
+    variables_of,
+    with_compact_gradient,
+    with_gradient_of_rows,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from processes import run_script
@@ -20,8 +28,10 @@ from training import Training
 
 import freezeops as fz
 from freezeops import ops
+from freezeops.masks import packing
 from freezeops.masks.layout import Layout
 from freezeops.ops import native, reference_updates
+from freezeops.step.fused import FusedStep
 
 LENGTHS = st.sampled_from([0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 129, 200, 513, 5000])
 LAYOUTS = st.one_of(
@@ -30,6 +40,31 @@ LAYOUTS = st.one_of(
     st.builds(Layout, st.sampled_from([2, 3, 70]), st.sampled_from([1, 5, 64, 130]), st.sampled_from([1, 4])),
 )
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def update_by_way_of_compact_variables(rule, variables, told):
+    """The trainable entries into variables of their own, an update of these, and back."""
+    inner = []
+    indices = [[tf.convert_to_tensor(variable) for variable in (one.bits, *one.ranks)] for one in variables]
+    for one, index in zip(variables, indices, strict=True):
+        value = tf.Variable(ops.read_trainable(one.variable, *index, one.layout))
+        gradient = ops.gather_trainable(one.gradient, *index, one.layout)
+        all_of_it = Layout(1, 1, value.shape[0])
+        inner.append(one._replace(variable=value, gradient=gradient, layout=all_of_it, bits=None, ranks=None))
+    ops.fused_update(rule, inner, *told)
+    for one, compact, index in zip(variables, inner, indices, strict=True):
+        ops.scatter_trainable(one.variable, compact.variable, *index, one.layout)
+
+
+def assert_same_used(one, other):
+    """Variables and slots bit for bit, but for what room holds."""
+    assert_same_bits(one.variable.numpy(), other.variable.numpy(), "variable")
+    used = packing.count_bits(one.bits.numpy(), one.layout.kept) * one.layout.inner
+    for number, (slot, expected) in enumerate(zip(one.slots, other.slots, strict=True)):
+        assert_same_bits(slot.numpy()[:used], expected.numpy()[:used], f"slot {number}")
+    if one.unseeded is not None:
+        waits = [np.unpackbits(each.unseeded.numpy(), bitorder="little")[:used] for each in (one, other)]
+        np.testing.assert_array_equal(*waits)
 
 
 @pytest.mark.skipif(native.op_library() is None, reason="no native library for this TensorFlow")
@@ -81,6 +116,69 @@ class TestAgainstTheTwin:
         ops.fused_update(rule, ours, *told)
         reference_updates.fused_update(rule, twins, *told)
         assert_same_state(ours, twins, f"{rule} {dtype} {layout}")
+
+    @pytest.mark.parametrize("mode", ["eager", "function", "jit"])
+    @settings(SETTINGS, max_examples=60)
+    @given(
+        rule=st.sampled_from(list(RULES)),
+        dtype=st.sampled_from(list(DTYPES)),
+        layouts=st.lists(LAYOUTS, min_size=1, max_size=3),
+        density=st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 0.99, 1.0]),
+        seeded=st.booleans(),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    @example("adam", "float32", [Layout(1, 40000, 1)], 0.01, True, 0)
+    @example("adam", "float32", [Layout(1, 40000, 1), Layout(1, 3, 1)], 0.5, True, 1)
+    @example("nadam", "bfloat16", [Layout(1, 40000, 1)], 0.02, True, 2)
+    @example("lion", "float16", [Layout(1, 40000, 1)], 0.3, False, 2)
+    @example("adam_amsgrad", "float64", [Layout(1, 500, 100)], 0.5, True, 3)
+    def test_compact_gradients(self, mode, rule, dtype, layouts, density, seeded, seed):
+        """As the twin; and bit for bit as with the whole gradient, and as by way of a compact variable."""
+        layouts = [Layout(1, layout.kept, layout.inner) for layout in layouts]
+        case = rule, dtype, layouts, density, True, seeded and RULES[rule][0]
+        ours, twins, told = variables_of(np.random.default_rng(seed), *case)
+        whole, by_way, _ = variables_of(np.random.default_rng(seed), *case)
+        ours, twins = ([with_compact_gradient(one, np.nan) for one in each] for each in (ours, twins))
+        in_mode(lambda: ops.fused_update(rule, ours, *told), mode)()
+        reference_updates.fused_update(rule, twins, *told)
+        ops.fused_update(rule, whole, *told)
+        update_by_way_of_compact_variables(rule, by_way, told)
+        assert_same_state(ours, twins, f"{rule} {dtype} {layouts}")
+        for one, *others in zip(ours, whole, by_way, strict=True):
+            for other in others:
+                assert_same_used(one, other)
+
+    @pytest.mark.parametrize("mode", ["eager", "function"])
+    def test_refuses_compact_gradients_that_cannot_be(self, mode):
+        def update(compact_state=True, **changed):
+            (one,), _, told = variables_of(
+                np.random.default_rng(0), "adam", "float32", [Layout(1, 20, 5)], 0.5, compact_state, False
+            )
+            one = one._replace(**{"gathered": True, **changed})
+            before = [array.numpy() for array in (one.variable, *one.slots)]
+            with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as error:
+                in_mode(lambda: ops.fused_update("adam", [one], *told), mode)()
+            for array, value in zip((one.variable, *one.slots), before, strict=True):
+                assert_same_bits(array.numpy(), value, "changed before the error")
+            return str(error.value)
+
+        (one,), _, _ = variables_of(np.random.default_rng(0), "adam", "float32", [Layout(1, 20, 5)], 0.5, True, False)
+        size = one.slots[0].shape[0]
+        assert size < 100
+        for wrong in (tf.ones([100]), tf.ones([20, 5]), tf.ones([size - 1]), tf.ones([0]), tf.ones([])):
+            assert f"gradient must have an entry for each of a slot, {size}" in update(gradient=wrong)
+        assert "gathered must be variables with compact state" in update(False)
+        rows = tf.IndexedSlices(tf.zeros([1, 5]), tf.constant([0], tf.int64), tf.constant([20, 5], tf.int64))
+        assert "and not in sparse. Received: gathered=[0], sparse=[0]" in update(gradient=rows)
+
+    def test_a_compact_gradient_may_have_rows(self):
+        ours, others, told = variables_of(
+            np.random.default_rng(0), "adam", "float32", [Layout(1, 20, 5)], 0.5, True, False
+        )
+        (one,), (other,) = ([with_compact_gradient(each[0])] for each in (ours, others))
+        ops.fused_update("adam", [one._replace(gradient=tf.reshape(one.gradient, [-1, 5]))], *told)
+        ops.fused_update("adam", [other], *told)
+        assert_same_used(one, other)
 
     @pytest.mark.parametrize("isa", ["generic", "avx2"])
     def test_lower_instruction_sets(self, isa, tmp_path):
@@ -157,6 +255,106 @@ def apply_one(optimizer, variable, gradient):
 
 def apply_rows(optimizer, variable, values, rows):
     optimizer.apply([tf.IndexedSlices(values, rows, tf.constant([10, 4]))], [variable])
+
+
+def skipped(setup, mode, monkeypatch, by_way=False, wrap=None, dtype="float32", options=None):
+    """Six steps that make trainable parts of gradients alone.
+
+    Args:
+        setup: The optimizer's.
+        mode: Of the steps.
+        monkeypatch: The fixture.
+        by_way: Whether the trainable entries are gathered into a variable of their own, and scattered.
+        wrap: Wraps the optimizer.
+        dtype: Of the variables.
+        options: Of the optimizer.
+
+    Returns:
+        The variables, the slots' trainable entries, and whether updates were given compact gradients.
+    """
+    rng = np.random.default_rng(2)
+    of_each, compact = [], set()
+    optimizer = fz.MaskedOptimizer(SETUPS[setup](**(options or {})), state="compact", skip_frozen_gradients=True)
+    for name, (rows, columns), mask in (("entries", (60, 50), (60, 50)), ("rows", (40, 16), (40, 1))):
+        variable = keras.Variable(rng.normal(size=(rows, columns)).astype(dtype), name=name)
+        optimizer.register_mask(variable, rng.random(mask) < 0.2)
+        of_each.append((variable, rng.normal(size=(64, rows)), rng.normal(size=(64, columns))))
+    variables = [variable for variable, _, _ in of_each]
+    optimizer.build(variables)
+    outer = optimizer if wrap is None else wrap(optimizer)
+    before = [variable.numpy() for variable in variables]
+
+    def step(factors):
+        outer.apply([tf.cast(tf.matmul(x, dy, transpose_a=True), dtype) for x, dy in factors], variables)
+
+    def spy(rule, operands, *args, update=ops.fused_update):
+        compact.update(operand.gathered for operand in operands)
+        update(rule, operands, *args)
+
+    begin = FusedStep.__init__
+
+    def gathering(self, updates, direct):
+        begin(self, updates, direct)
+        self._gathers = self._gathers or by_way
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "fused_update", spy)
+        patch.setattr(FusedStep, "__init__", gathering)
+        run = in_mode(step, mode)
+        for number in range(6):
+            run([[tf.constant((x * (1 + number)).astype("float32")), tf.constant(dy.astype("float32"))]
+                 for _, x, dy in of_each])  # fmt: skip
+    for variable, value in zip(variables, before, strict=True):
+        frozen = ~optimizer.mask_for(variable).to_numpy()
+        assert_same_bits(variable.numpy()[frozen], value[frozen], "frozen")
+        assert np.any(variable.numpy() != value)
+    assert fused_notes(optimizer) == ["fused"] * 2
+    assert [each.gradient for each in optimizer.describe()] == ["trainable part only"] * 2
+    counts = [optimizer.mask_for(variable).count() for variable in variables]
+    slots = [each.numpy().reshape(-1) for each in optimizer.inner_optimizer.variables if len(each.shape)]
+    used = [slot[:count] for slot in slots for count in counts if slot.size == count]
+    return [variable.numpy() for variable in variables], used, compact
+
+
+@pytest.mark.parametrize("mode", ["function", "jit"])
+@pytest.mark.parametrize("option", ["plain", "weight_decay", "clipvalue"])
+@pytest.mark.parametrize("setup", FUSED)
+def test_trainable_parts_of_gradients(setup, option, mode, monkeypatch):
+    """They go into the update as they are: bit for bit as by way of a compact variable."""
+    *ours, compact = skipped(setup, mode, monkeypatch, options=OPTIONS[option])
+    assert compact == {True}
+    *by_way, compact = skipped(setup, mode, monkeypatch, by_way=True, options=OPTIONS[option])
+    assert compact == {False}
+    for arrays, expected in zip(ours, by_way, strict=True):
+        for actual, other in zip(arrays, expected, strict=True):
+            assert_same_bits(actual, other)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_trainable_parts_of_gradients_in_other_dtypes(dtype, monkeypatch):
+    (ours, slots, compact), (by_way, others, _) = (
+        skipped("AdamW", "function", monkeypatch, by_way, dtype=dtype, options={"beta_2": 0.9})
+        for by_way in (False, True)
+    )
+    assert compact == {True}
+    for actual, other in zip([*ours, *slots], [*by_way, *others], strict=True):
+        assert_same_bits(actual, other)
+
+
+def test_trainable_parts_of_gradients_behind_a_loss_scale(monkeypatch):
+    wrap = functools.partial(keras.optimizers.LossScaleOptimizer, initial_scale=4.0)
+    (ours, _, compact), (by_way, _, _) = (
+        skipped("Adam", "function", monkeypatch, by_way, wrap=wrap) for by_way in (False, True)
+    )
+    assert compact == {True}
+    for actual, other in zip(ours, by_way, strict=True):
+        assert_same_bits(actual, other)
+
+
+@pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm", "accumulation"])
+def test_what_looks_at_gradients_goes_by_way_of_a_compact_variable(option, monkeypatch):
+    _, _, compact = skipped("Adam", "function", monkeypatch, options=OPTIONS[option])
+    assert compact == {False}
 
 
 SHAPES = {"v0": (37, 41), "v1": (129,), "v2": (3,), "v3": (500, 7)}

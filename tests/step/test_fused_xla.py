@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import FUSED, OPTIONS, assert_same_bits
-from fused_variables import DTYPES, RULES, fused_notes, passing_of, variables_of, with_gradient_of_rows
+from fused_variables import (
+    DTYPES,
+    RULES,
+    fused_notes,
+    passing_of,
+    variables_of,
+    with_compact_gradient,
+    with_gradient_of_rows,
+)
 from test_fused import options_for, train
 from training import check_promise
 
@@ -119,6 +127,9 @@ def check_against_the_twin(rule, dtype, compact_state, seeded):
     with_odd_values(ours, twins, dtype)
     with_slices(ours, twins, 4, rng, 12, dtype)
     with_slices(ours, twins, 5, rng, 16, dtype)
+    for number in (0, 2) if compact_state else ():
+        for variables in (ours, twins):
+            variables[number] = with_compact_gradient(variables[number], np.nan)
     if rule.startswith("rmsprop"):
         # Not the root of what is below zero: the mean square is seeded by squares, and larger than the squared mean.
         told = (told[0], [0][: len(told[1])], [2][: len(told[1])], told[3][:1])
@@ -206,6 +217,15 @@ def test_refuses_what_does_not_belong_together(hlo):
     rows = tf.IndexedSlices(tf.zeros([1, 7]), tf.constant([0], tf.int64), tf.constant([10, 7], tf.int64))
     assert "values must be rows of the variable" in update(gradient=rows, variable=tf.Variable(tf.ones([20, 5])))
     assert "gradient must have the shape of the variable" in update(gradient=tf.ones([10, 10]))
+
+
+def test_refuses_compact_gradients_of_another_size(way):
+    (one,), _, told = variables_of(np.random.default_rng(0), "adam", "float32", [Layout(1, 20, 5)], 0.5, True, False)
+    one = with_compact_gradient(one)
+    size = one.gradient.shape[0]
+    for wrong in (tf.ones([size + 5]), tf.ones([100]), tf.ones([0])):
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=f"entry for each of a slot, {size}"):
+            jitted("adam", [one._replace(gradient=wrong)], told)()
 
 
 def test_the_way_that_is_asked_for(way):

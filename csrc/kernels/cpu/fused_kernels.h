@@ -83,6 +83,7 @@ class Updates {
         seeds_(step.seeds.count),
         variable_(static_cast<Entry*>(tensor.variable)),
         gradient_(static_cast<const Entry*>(tensor.gradient)),
+        gathered_(static_cast<const Entry*>(tensor.gathered)),
         square_(static_cast<const Entry*>(tensor.square)),
         unseeded_(tensor.unseeded),
         unseeded_bytes_(tensor.unseeded_bytes) {
@@ -98,6 +99,12 @@ class Updates {
   Entry* variable() const { return variable_; }
   const Entry* gradient() const { return gradient_; }
   const Entry* square() const { return square_; }
+
+  // Returns the gradient of consecutive entries from `slot` on: it is there already if it is compact, and otherwise at
+  // `found`, which may be null for zeros.
+  const Entry* gradient_of(int64_t slot, const Entry* found) const {
+    return gathered_ == nullptr ? found : gathered_ + slot;
+  }
 
   // Prefetches an entry of the variable and the gradient, and in full state (kSlots) of the slots.
   template <bool kSlots>
@@ -147,8 +154,9 @@ class Updates {
     }
   }
 
-  // Updates the selected entries of one 64-entry word (compact state). `slot`: slot of the first selected entry. Writes
-  // the new slots to `new_slots`, which have room for 64 entries and a vector more. Returns the number of entries.
+  // Updates the selected entries of one 64-entry word (compact state; not with a compact gradient). `slot`: slot of the
+  // first selected entry. Writes the new slots to `new_slots`, which have room for 64 entries and a vector more.
+  // Returns the number of entries.
   int update_word_compact(int64_t position, uint64_t selected, int64_t slot, Entry* const* new_slots) const {
     int count = 0;
     for (int i = 0; i < 64; i += kLanes) {
@@ -285,6 +293,7 @@ class Updates {
   int seeds_;
   Entry* variable_;
   const Entry* gradient_;
+  const Entry* gathered_;
   const Entry* square_;
   Entry* slots_[kMostSlots];
   uint8_t* unseeded_;

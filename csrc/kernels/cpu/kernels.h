@@ -28,6 +28,7 @@ enum class Residence {
 struct FusedTensor {
   void* variable;
   const void* gradient;  // null: zeros
+  const void* gathered;  // compact state: instead of `gradient` that of the trainable entries, in order; else null
   const void* square;    // squares of the gradient where they are not those of its entries (repeated rows); else null
   // In the rule's order; null where the rule has none. Full state: of the variable's size. Compact state: an entry for
   // each trainable entry of the variable, in order.

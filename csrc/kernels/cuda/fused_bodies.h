@@ -127,10 +127,11 @@ FREEZEOPS_INLINE int64_t place_of_sum(const RowSums& sums, int64_t entry) {
 
 // The gradient of an entry, and its square; of slices the sums of the two.
 template <typename V>
-FREEZEOPS_INLINE void load_gradient(const FusedVariable& variable, int64_t entry, V* gradient, V* square) {
+FREEZEOPS_INLINE void load_gradient(const FusedVariable& variable, int64_t entry, int64_t slot, V* gradient,
+                                    V* square) {
   using Entry = typename V::Entry;
   if (variable.rows.named == nullptr) {
-    *gradient = V::load(static_cast<const Entry*>(variable.gradient) + entry);
+    *gradient = V::load(static_cast<const Entry*>(variable.gradient) + (variable.gathered ? slot : entry));
     *square = *gradient * *gradient;
     return;
   }
@@ -257,7 +258,7 @@ struct SeedWaiting {
       return false;
     }
     V gradient, summed;
-    load_gradient(variable, entry, &gradient, &summed);
+    load_gradient(variable, entry, slot, &gradient, &summed);
     const Acc value = gradient.value;
     Acc square = value * value;
     // Gradients of repeated rows may cancel; their squares do not, see reference.seed_slots.
@@ -456,7 +457,7 @@ struct UpdateFused {
     for (int i = 0; i < kAtOnce; ++i) {
       if (group.entries[i] < 0) continue;
       w[i] = V::load(weights + group.entries[i]);
-      load_gradient(variable, group.entries[i], &g[i], &square[i]);
+      load_gradient(variable, group.entries[i], group.slots[i], &g[i], &square[i]);
       FREEZEOPS_UNROLL
       for (int j = 0; j < kMostSlots; ++j) {
         if (variable.slots[j] != nullptr) s[i][j] = V::load(static_cast<Entry*>(variable.slots[j]) + group.slots[i]);

@@ -145,6 +145,7 @@ struct FusedVariable {
   RowSums rows;       // instead of a gradient where `named` is not nullptr
   bool wide;          // indices of int64_t, else int32_t
   bool decays;
+  bool gathered;  // compact state: the gradient is that of the trainable entries, in order, and has a slot's size
 };
 
 // What the variables of a step share. Seeds are as in cpu::Seeds.

@@ -29,9 +29,10 @@ struct FusedAttributes {
   std::vector<MaskLayout> layouts;  // one for each variable
   std::vector<bool> decays;         // likewise
   bool compact = false;
-  std::vector<int64_t> sparse;  // the variables whose gradients are slices
-  std::vector<int64_t> masked;  // the variables with a mask; every entry of the others is trainable
-  std::vector<int64_t> seeded;  // the variables with entries that may wait to be seeded
+  std::vector<int64_t> sparse;    // the variables whose gradients are slices
+  std::vector<int64_t> masked;    // the variables with a mask; every entry of the others is trainable
+  std::vector<int64_t> seeded;    // the variables with entries that may wait to be seeded
+  std::vector<int64_t> gathered;  // the variables whose gradients are compact: of their trainable entries alone
   std::vector<int64_t> seed_slots, seed_powers;
 
   // The number of variables.
@@ -48,6 +49,9 @@ struct FusedAttributes {
   int unseeded(int number) const { return indices(compact ? count() : 0) + number; }
   int scalars() const { return unseeded(Size(seeded)); }
   int scales() const { return scalars() + 1; }
+
+  // Returns whether the gradient of variable i is compact.
+  bool IsGathered(int i) const { return std::binary_search(gathered.begin(), gathered.end(), i); }
 
   // Returns for each variable its number in a list of variables, or -1.
   std::vector<int> NumberIn(const std::vector<int64_t>& list) const {
@@ -71,11 +75,18 @@ struct FusedAttributes {
   }
 
   // Checks the gradient of variable i, which has number `sparse_number` in `sparse` or -1 for a dense one, against the
-  // shape of the variable.
+  // shape of the variable; a compact one against the number of entries of each slot, -1 where that is unknown.
   template <typename Context>
-  absl::Status CheckGradient(Context* ctx, int i, int sparse_number, const PartialTensorShape& variable) const {
+  absl::Status CheckGradient(Context* ctx, int i, int sparse_number, const PartialTensorShape& variable,
+                             int64_t slot_size) const {
     PartialTensorShape values, named;
     TF_RETURN_IF_ERROR(GetShape(ctx, gradient(i), &values));
+    if (IsGathered(i)) {
+      const int64_t count = values.num_elements();
+      if (count < 0 || slot_size < 0 || count == slot_size) return absl::OkStatus();
+      return InvalidArgument("gradient must have an entry for each of a slot, ", slot_size,
+                             ", where it is compact. Received: gradient of shape ", values.DebugString());
+    }
     if (sparse_number < 0) return CheckSameShape("gradient", values, "variable", variable);
     TF_RETURN_IF_ERROR(GetShape(ctx, rows(sparse_number), &named));
     return CheckSlicesOf(values, named, "variable", variable);
@@ -117,6 +128,16 @@ inline absl::Status CheckPositions(const char* name, const std::vector<int64_t>&
   if (ascends) return absl::OkStatus();
   return InvalidArgument(name, " must be ", length, " ascending positions of variables. Received: ", name, "=[",
                          absl::StrJoin(list, ", "), "]");
+}
+
+// Compact gradients are those of compact state, and none is slices.
+inline absl::Status CheckGathered(const FusedAttributes& a) {
+  const auto is_sparse = [&a](int64_t i) { return std::binary_search(a.sparse.begin(), a.sparse.end(), i); };
+  const bool sparse = std::any_of(a.gathered.begin(), a.gathered.end(), is_sparse);
+  if (a.gathered.empty() || (a.compact && !sparse)) return absl::OkStatus();
+  return InvalidArgument("gathered must be variables with compact state and not in sparse. Received: gathered=[",
+                         absl::StrJoin(a.gathered, ", "), "], sparse=[", absl::StrJoin(a.sparse, ", "),
+                         "], compact=", a.compact);
 }
 
 inline absl::Status CheckSeeds(const FusedAttributes& a) {
@@ -166,6 +187,7 @@ absl::Status GetFusedAttributes(Context* context, FusedAttributes* found) {
   TF_RETURN_IF_ERROR(context->GetAttr("sparse", &found->sparse));
   TF_RETURN_IF_ERROR(context->GetAttr("masked", &found->masked));
   TF_RETURN_IF_ERROR(context->GetAttr("seeded", &found->seeded));
+  TF_RETURN_IF_ERROR(context->GetAttr("gathered", &found->gathered));
   TF_RETURN_IF_ERROR(context->GetAttr("seed_slots", &found->seed_slots));
   TF_RETURN_IF_ERROR(context->GetAttr("seed_powers", &found->seed_powers));
   found->rule = FindRule(name);
@@ -174,6 +196,8 @@ absl::Status GetFusedAttributes(Context* context, FusedAttributes* found) {
   TF_RETURN_IF_ERROR(CheckPositions("sparse", found->sparse, sparse, count));
   TF_RETURN_IF_ERROR(CheckPositions("masked", found->masked, masked, count));
   TF_RETURN_IF_ERROR(CheckPositions("seeded", found->seeded, seeded, count));
+  TF_RETURN_IF_ERROR(CheckPositions("gathered", found->gathered, FusedAttributes::Size(found->gathered), count));
+  TF_RETURN_IF_ERROR(CheckGathered(*found));
   if (offsets != (found->compact ? count : 0) || slots != count * found->rule->slots ||
       (found->compact && masked != count)) {
     return InvalidArgument("slots must be ", found->rule->slots, " for each of ", count,

@@ -60,6 +60,10 @@ class FusedUpdateOp : public FusedOp {
   absl::Status ReadGradient(OpKernelContext* ctx, int i, const GradientRows& rows, cpu::Slices* slices,
                             cpu::FusedVariable* variable) const {
     const Tensor& gradient = ctx->input(attributes_.gradient(i));
+    if (attributes_.IsGathered(i)) {
+      variable->tensor.gathered = gradient.data();
+      return absl::OkStatus();
+    }
     if (sparse_[i] < 0) {
       variable->tensor.gradient = gradient.data();
       return absl::OkStatus();

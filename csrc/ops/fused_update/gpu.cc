@@ -48,6 +48,7 @@ class FusedUpdateGpuOp : public FusedOp {
       each.unseeded = written[i].unseeded;
       each.mask = masked_[i] < 0 ? MaskView{nullptr, a.layouts[i]} : ViewOf(held[i].mask, a.layouts[i]);
       each.decays = a.decays[i];
+      each.gathered = a.IsGathered(i);
       if (!a.compact) continue;
       each.offsets = held[i].offsets.flat<int64_t>().data();
       each.indices = held[i].indices.data();

@@ -171,7 +171,7 @@ class VariableUpdate {
     }
   }
 
-  // Sets the gradient, dense and in the variable's shape.
+  // Sets the gradient, dense and in the variable's shape; a compact one as it is.
   absl::Status ReadGradient() {
     if (sparse_ < 0) {
       gradient_ = ctx_->Input(a_.gradient(i_));
@@ -217,7 +217,7 @@ class VariableUpdate {
       return xla::BitcastConvertType(GatherRows(xla::BitcastConvertType(from, integers_), indices_, layout_), type_);
     };
     value_ = gather(whole_);
-    gradient_ = gather(gradient_);
+    gradient_ = a_.IsGathered(i_) ? xla::Reshape(gradient_, updated_.dim_sizes()) : gather(gradient_);
     square_ = sparse_ < 0 ? xla::Mul(gradient_, gradient_) : gather(square_);
     trainable_ = AllOfRow(NamesOnes(mask_, indices_));
     return absl::OkStatus();

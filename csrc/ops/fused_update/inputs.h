@@ -98,7 +98,7 @@ class FusedOp : public tensorflow::OpKernel {
       const VarPtr& variable = *next++;
       TF_RETURN_IF_ERROR(CheckWritten("variable", *variable, a.dtype, entries(a.layouts[i])));
       const tensorflow::TensorShape& shape = variable->tensor()->shape();
-      TF_RETURN_IF_ERROR(a.CheckGradient(ctx, i, sparse_[i], shape));
+      TF_RETURN_IF_ERROR(a.CheckGradient(ctx, i, sparse_[i], shape, slot_size));
       if (sparse_[i] >= 0) (*held)[i].rows = RowsOf(shape, ctx->input(a.gradient(i)).shape());
       for (int j = 0; j < a.rule->slots; ++j) {
         TF_RETURN_IF_ERROR(CheckWritten("slot", **next++, a.dtype, slot_size));

@@ -19,9 +19,14 @@ absl::Status FusedUpdateShape(InferenceContext* c) {
   const std::vector<int> sparse = attributes.NumberIn(attributes.sparse);
   for (int i = 0; i < attributes.count(); ++i) {
     tensorflow::DataType dtype;
-    PartialTensorShape variable;
+    PartialTensorShape variable, indices;
+    int64_t slot_size = -1;
     TF_RETURN_IF_ERROR(GetVariable(c, attributes.variable(i), &dtype, &variable));
-    TF_RETURN_IF_ERROR(attributes.CheckGradient(c, i, sparse[i], variable));
+    if (attributes.compact) {
+      TF_RETURN_IF_ERROR(GetVariable(c, attributes.indices(i), &dtype, &indices));
+      TF_RETURN_IF_ERROR(CheckIndices(indices, attributes.layouts[i], &slot_size));
+    }
+    TF_RETURN_IF_ERROR(attributes.CheckGradient(c, i, sparse[i], variable, slot_size));
   }
   return attributes.CheckNumbers(c);
 }
@@ -55,6 +60,7 @@ REGISTER_OP("Freezeops>FusedUpdate")
     .Attr("seed_slots: list(int)")
     .Attr("seed_powers: list(int)")
     .Attr("compact: bool")
+    .Attr("gathered: list(int) = []")
     .SetIsStateful()
     .SetShapeFn(FusedUpdateShape)
     .Doc(R"doc(
@@ -62,7 +68,7 @@ One step of an optimizer for several variables: in one pass over each, its train
 and no other entry is written.
 
 variables: The model's variables.
-gradients: One for each, dense, or the values of an IndexedSlices.
+gradients: One for each, dense, the values of an IndexedSlices, or the trainable entries alone.
 rows: For those in `sparse` the rows that the values are of. Repeated rows add up, their squares by themselves; rows that
   are not named have a gradient of zero.
 slots: Those of the rule, variable after variable; in full state of the variable's size, in compact state with one entry
@@ -80,6 +86,8 @@ sparse, masked, seeded: Positions of variables, ascending.
 seed_slots: Which slots of each variable are seeded, in the order of SeedSlots.
 seed_powers: 1 or 2 for each of those.
 compact: Whether the slots are those of compact state.
+gathered: Positions of variables, ascending, whose gradients hold the trainable entries alone, as GatherTrainable returns
+  them. Of variables with compact state, and none in `sparse`.
 )doc");
 
 }  // namespace freezeops

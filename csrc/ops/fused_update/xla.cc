@@ -51,7 +51,7 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
     TensorShape shape, offsets;
     TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.variable(i), &dtype, &shape));
     TF_RETURN_IF_ERROR(CheckEntries("variable", shape, layout));
-    TF_RETURN_IF_ERROR(a.CheckGradient(ctx, i, sparse, shape));
+    const TensorShape variable = shape;
     if (masked < 0) {
       TF_RETURN_IF_ERROR(a.CheckUnmasked(i));
     } else {
@@ -64,6 +64,7 @@ class FusedUpdateXlaOp : public tensorflow::XlaOpKernel {
       TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.indices(i), &dtype, &shape));
       TF_RETURN_IF_ERROR(a.CheckIndex(i, offsets_dtype, offsets, dtype, shape, &slot_size));
     }
+    TF_RETURN_IF_ERROR(a.CheckGradient(ctx, i, sparse, variable, slot_size));
     for (int j = 0; j < a.rule->slots; ++j) {
       TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(a.slot(i, j), &dtype, &shape));
       TF_RETURN_IF_ERROR(CheckEntries("slot", shape, MaskLayout{1, slot_size, 1}));

@@ -24,7 +24,7 @@ void ForEachAttribute(FusedAttributes* a, const Number& number, const List& list
   for (const MaskLayout& layout : a->layouts) layouts.insert(layouts.end(), {layout.outer, layout.kept, layout.inner});
   std::vector<int64_t> decays(a->decays.begin(), a->decays.end());
   for (std::vector<int64_t>* each :
-       {&layouts, &decays, &a->sparse, &a->masked, &a->seeded, &a->seed_slots, &a->seed_powers}) {
+       {&layouts, &decays, &a->sparse, &a->masked, &a->seeded, &a->gathered, &a->seed_slots, &a->seed_powers}) {
     list(each);
   }
   a->rule = kNamedRules + rule;

@@ -46,7 +46,9 @@ ffi::Error ReadVariable(const FusedAttributes& a, const Buffers& buffers, int i,
   tensor.decays = a.decays[i];
   tensor.variable = buffers[a.variable(i)].untyped_data();
   const ffi::AnyBuffer& gradient = buffers[a.gradient(i)];
-  if (numbers.sparse < 0) {
+  if (a.IsGathered(i)) {
+    tensor.gathered = gradient.untyped_data();
+  } else if (numbers.sparse < 0) {
     tensor.gradient = gradient.untyped_data();
     if (CountOf(gradient) != entries(layout)) return Misfit("gradient");
   } else {
@@ -72,6 +74,7 @@ ffi::Error ReadVariable(const FusedAttributes& a, const Buffers& buffers, int i,
     variable->indices = {indices.untyped_data(), indices.element_type() == ffi::DataType::S64};
     slot_size = variable->capacity * layout.inner;
   }
+  if (a.IsGathered(i) && CountOf(gradient) != slot_size) return Misfit("gradient");
   for (int j = 0; j < a.rule->slots; ++j) {
     const ffi::AnyBuffer& slot = buffers[a.slot(i, j)];
     if (CountOf(slot) != slot_size) return Misfit("slot");
