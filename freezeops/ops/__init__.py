@@ -54,7 +54,7 @@ def paths() -> dict[str, str]:
     if backend.is_reference():
         host = "reference (FREEZEOPS_BACKEND=reference)"
     device = dict.fromkeys(_OPS, f"reference ({reason})" if reason else "native")
-    if reason is None and tf.config.list_logical_devices("GPU"):
+    if not reason and tf.config.list_logical_devices("GPU"):
         device |= dict.fromkeys(CPU_ONLY, "reference (a GPU is visible and the op is for CPUs)")
     return device | dict.fromkeys(packing.HOST_OPS, host)
 
