@@ -63,8 +63,7 @@ class PartMaker:
         if isinstance(term, Number):
             return tf.reshape(term.tensor, [])
         if isinstance(term, Leaf):
-            whole = tf.reshape(term.tensor, self._partition.variable.shape)
-            return tf.reshape(ops.gather_trainable(whole, *self._index, self._partition.layout), [-1])
+            return self._gathered(term.tensor)
         if isinstance(term, Elementwise):
             return self._elementwise(term)
         if isinstance(term, BatchSum):
@@ -112,7 +111,7 @@ class PartMaker:
         return self._entries(x, dy)
 
     def _rows(self, x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-        columns = self._in_order(self._bits(), self._partition.layout.inner // dy.shape[1])
+        columns = self._positions(self._partition.layout.inner // dy.shape[1])
         return tf.reshape(tf.matmul(tf.gather(x, columns, axis=1), dy, transpose_a=True), [-1])
 
     def _entries(self, x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
@@ -126,7 +125,7 @@ class PartMaker:
         indices = self._index
         if partition.layout.inner > 1:
             # The twin's own index is of single entries.
-            indices = self._index._replace(indices=self._in_order(self._bits(), partition.layout.inner))
+            indices = self._index._replace(indices=self._positions(partition.layout.inner))
         return ops.sampled_matmul(x, dy, index.tensor(), *indices)
 
     def _grid(self, x: tf.Tensor, dy: tf.Tensor, chosen: Chosen) -> tf.Tensor:
@@ -181,7 +180,7 @@ class PartMaker:
     # Sums and slices.
 
     def _batch_sum(self, term: BatchSum) -> tf.Tensor:
-        entries = self._in_order(self._bits(), self._partition.layout.inner)
+        entries = self._positions(self._partition.layout.inner)
         parts = [tf.gather(tf.reshape(each, [-1, term.size]), entries, axis=1) for each in term.factors]
         product = math.prod(parts[1:], start=parts[0])
         wide = tf.float32 if product.dtype in (tf.float16, tf.bfloat16) else product.dtype
@@ -196,18 +195,15 @@ class PartMaker:
 
     # The index.
 
-    def _bits(self) -> tf.Tensor:
-        """Returns the numbers of the mask's ones; 0 where room is left."""
+    def _positions(self, each: int) -> tf.Tensor:
+        """Returns the positions that the mask's ones stand for, `each` of them in a row; 0 where room is left."""
         bits = tf.cast(self._index.indices, tf.int64)
-        return tf.where(bits < self._partition.layout.kept, bits, tf.zeros([], tf.int64))
-
-    @staticmethod
-    def _in_order(bits: tf.Tensor, each: int) -> tf.Tensor:
-        """Returns the positions that bits stand for, `each` of them in a row."""
+        bits = tf.where(bits < self._partition.layout.kept, bits, tf.zeros([], tf.int64))
         if each == 1:
             return bits
         return tf.reshape(bits[:, None] * each + tf.range(each, dtype=tf.int64)[None, :], [-1])
 
     def _gathered(self, whole: tf.Tensor) -> tf.Tensor:
+        """Returns the trainable entries of a tensor of which all are computed."""
         whole = tf.reshape(whole, self._partition.variable.shape)
         return tf.reshape(ops.gather_trainable(whole, *self._index, self._partition.layout), [-1])

@@ -29,9 +29,6 @@ MOST = {"rows": 0.75, "grid": 0.5, "entries": 0.45, "sum": 1.0, "slices": 1.0}
 From benchmarks/bench_backward.py and benchmarks/bench_sampled_matmul.py.
 """
 
-SAMPLED_DTYPES = (tf.float32, tf.bfloat16, tf.float16)
-"""The dtypes that `ops.sampled_matmul` takes."""
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -78,19 +75,14 @@ def _of_filter(term: FilterGradient, partition: CompactPartition, share: float) 
 def _of_product(product: Product, partition: CompactPartition, share: float) -> Chosen:
     rows, columns = product.x.width, product.dy.width
     if partition.layout.inner % columns == 0 and partition.layout.inner > 1:
-        return _within(Chosen("rows"), share) or Chosen(None, _too_many(share))
-    grid = _within(_grid(GridShape(1, rows, columns), partition), share)
-    if grid is not None:
+        return Chosen("rows") if share <= MOST["rows"] else Chosen(None, _too_many(share))
+    # The mask is looked at only where it matters: that takes time where it is large.
+    if share <= MOST["grid"] and (grid := _grid(GridShape(1, rows, columns), partition)):
         return grid
     reason = reason_against_entries(product.dtype)
     if not reason and share > MOST["entries"]:
         reason = _too_many(share)
     return Chosen(None, reason) if reason else Chosen("entries")
-
-
-def _within(chosen: Chosen | None, share: float) -> Chosen | None:
-    """Returns the way if it is worth it for a share of all entries."""
-    return chosen if chosen is not None and chosen.way is not None and share <= MOST[chosen.way] else None
 
 
 def _grid(shape: GridShape, partition: CompactPartition) -> Chosen | None:
@@ -105,7 +97,7 @@ def _grid(shape: GridShape, partition: CompactPartition) -> Chosen | None:
 
 def reason_against_entries(dtype: tf.DType) -> str:
     """Returns why single entries of a product are not made by themselves; an empty string where they are."""
-    if dtype not in SAMPLED_DTYPES:
+    if dtype.name not in ops.SAMPLED_DTYPES:
         return f"single entries of a product of {dtype.name}"
     if tf.config.list_logical_devices("GPU"):
         return "single entries of a product on a GPU"

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import tensorflow as tf
-
 from freezeops.backward.skipping import trainable_part
 from freezeops.keras_compat.variables import replicas_step_by_themselves
 from freezeops.ops.gradients import Gradient
@@ -57,7 +55,7 @@ def is_in_step_of_scaler() -> bool:
     return _parts.get() is not None
 
 
-def as_part(managed: ManagedVariable, gradient: Gradient | None) -> Gradient | TrainablePart | None:
+def as_part(managed: ManagedVariable, gradient: Gradient) -> Gradient | TrainablePart:
     """Returns a gradient as a scaler hands it on: as a trainable part where it was made as one."""
     indices = (_parts.get() or {}).get(id(managed))
-    return gradient if indices is None or not isinstance(gradient, tf.Tensor) else TrainablePart(gradient, indices)
+    return gradient if indices is None else TrainablePart(gradient, indices)

@@ -59,12 +59,12 @@ class Step:
         self.gradients: list[Gradient | None] = []
         self.variables: list[Variable] = []
 
-    def take(self, managed: ManagedVariable, gradient: Gradient | TrainablePart | None) -> None:
+    def take(self, managed: ManagedVariable, gradient: Gradient | None) -> None:
         """Includes a variable.
 
         Args:
             managed: Its record.
-            gradient: Its gradient; `None` where there is none. From a scaler around it may be a trainable part.
+            gradient: Its gradient; `None` where there is none.
 
         Raises:
             ValueError: If the gradient has not the variable's shape.
@@ -72,15 +72,16 @@ class Step:
         partition = managed.partition
         variable = partition.inner_variable
         if gradient is not None:
+            given: Gradient | TrainablePart = gradient
             if is_in_step_of_scaler():
-                gradient = as_part(managed, gradient)
+                given = as_part(managed, gradient)
             elif self._skips:
-                gradient, managed.gradient = trainable_part(partition, gradient)
+                given, managed.gradient = trainable_part(partition, gradient)
             fused_step = self._fused.get(id(managed))
-            if fused_step is not None and fused_step.takes(partition, gradient):
-                gradient, variable, guard = fused_step.take(partition, gradient)
+            if fused_step is not None and fused_step.takes(partition, given):
+                gradient, variable, guard = fused_step.take(partition, given)
             else:
-                gradient, variable, guard = partition.take(gradient, self._writes_named_rows_only(gradient))
+                gradient, variable, guard = partition.take(given, self._writes_named_rows_only(given))
             self._guards.append(guard)
             self._taken.add(id(managed))
         if variable is not None:
