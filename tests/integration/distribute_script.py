@@ -361,8 +361,8 @@ def case_compact():
         np.testing.assert_allclose(last["compact"], last["full"], rtol=1e-6, err_msg=name)
 
 
-def case_compact_traffic():
-    """Only gradients of trainable entries are summed over the replicas."""
+def count_sent_bytes():
+    """The bytes of each sum over the replicas from now on, as a list that grows."""
     sent = []
     context = tf.distribute.ReplicaContext
     all_reduce = context.all_reduce
@@ -373,6 +373,12 @@ def case_compact_traffic():
         return all_reduce(self, op, value, *args, **kwargs)
 
     context.all_reduce = counted
+    return sent
+
+
+def case_compact_traffic():
+    """Only gradients of trainable entries are summed over the replicas."""
+    sent = count_sent_bytes()
     mask = np.zeros((6, 12), bool)
     mask[1, :7] = True
     size = {}
@@ -511,16 +517,7 @@ def case_skips_fit():
 
 def case_skips_traffic():
     """As without parts, only gradients of trainable entries are summed over the replicas."""
-    sent = []
-    context = tf.distribute.ReplicaContext
-    all_reduce = context.all_reduce
-
-    def counted(self, op, value, *args, **kwargs):
-        if self.replica_id_in_sync_group is not None and isinstance(value, list):
-            sent.append(sum(int(v.shape.num_elements()) * v.dtype.size for v in value))
-        return all_reduce(self, op, value, *args, **kwargs)
-
-    context.all_reduce = counted
+    sent = count_sent_bytes()
     mask = np.zeros((6, 12), bool)
     mask[1, :7] = True
     masks = {"body/kernel": mask, "head/.*": False}

@@ -54,6 +54,23 @@ class Run:
 
         self.step = tf.function(lambda: strategy.run(replica_step), autograph=False)
 
+    def train_under_both(self, first, second, name, between=lambda: None):
+        """Two steps under the kernel's mask `first`, two under `second`; frozen entries stay, all others move."""
+        before = value(self.kernel)
+        for _ in range(2):
+            self.step()
+        middle = value(self.kernel)
+        assert_same_bits(middle[~first], before[~first], name)
+        assert (middle[first] != before[first]).all(), name
+        self.optimizer.register_mask(self.kernel, second)
+        between()
+        for _ in range(2):
+            self.step()
+        after = value(self.kernel)
+        assert_same_bits(after[~second], middle[~second], name)
+        assert (after[second] != middle[second]).all(), name
+        return after
+
 
 def report(**arrays):
     """For the test to compare between workers and runs."""
@@ -65,19 +82,7 @@ def case_every_optimizer():
     final = {}
     for name, setup in SETUPS.items():
         run = Run(lambda setup=setup: setup(weight_decay=0.01))
-        before = value(run.kernel)
-        for _ in range(2):
-            run.step()
-        middle = value(run.kernel)
-        assert_same_bits(middle[~MASK], before[~MASK], name)
-        assert (middle[MASK] != before[MASK]).all(), name
-        run.optimizer.register_mask(run.kernel, OTHER)
-        run.optimizer.freeze("head/bias")
-        for _ in range(2):
-            run.step()
-        after = value(run.kernel)
-        assert_same_bits(after[~OTHER], middle[~OTHER], name)
-        assert (after[OTHER] != middle[OTHER]).all(), name
+        after = run.train_under_both(MASK, OTHER, name, lambda run=run: run.optimizer.freeze("head/bias"))
         assert int(np.array(run.optimizer.iterations)) == 4
         final[name] = after
     report(**final)
@@ -90,19 +95,7 @@ def case_compact():
         if name in MIXING:
             continue
         run = Run(lambda setup=setup: setup(weight_decay=0.01), state="compact", capacity={"body/kernel": 0.9})
-        before = value(run.kernel)
-        for _ in range(2):
-            run.step()
-        middle = value(run.kernel)
-        assert_same_bits(middle[~MASK], before[~MASK], name)
-        assert (middle[MASK] != before[MASK]).all(), name
-        run.optimizer.register_mask(run.kernel, OTHER)
-        for _ in range(2):
-            run.step()
-        after = value(run.kernel)
-        assert_same_bits(after[~OTHER], middle[~OTHER], name)
-        assert (after[OTHER] != middle[OTHER]).all(), name
-        final[name] = after
+        final[name] = run.train_under_both(MASK, OTHER, name)
     report(**final)
 
 
@@ -118,18 +111,7 @@ def case_skips():
         ("columns", columns, entries),
     ):
         run = Run(SETUPS["Adam"], masks={"body/kernel": first}, state="compact", skip_frozen_gradients=True)
-        before = value(run.kernel)
-        for _ in range(2):
-            run.step()
-        middle = value(run.kernel)
-        assert_same_bits(middle[~first], before[~first], name)
-        assert (middle[first] != before[first]).all(), name
-        run.optimizer.register_mask(run.kernel, second)
-        for _ in range(2):
-            run.step()
-        after = value(run.kernel)
-        assert_same_bits(after[~second], middle[~second], name)
-        assert (after[second] != middle[second]).all(), name
+        after = run.train_under_both(first, second, name)
         (of_kernel,) = [each for each in run.optimizer.describe() if each.path.endswith("body/kernel")]
         assert of_kernel.gradient == "trainable part only", of_kernel
         final[name] = after
